@@ -11,6 +11,7 @@ import json, os, shutil
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pandas as pd
@@ -114,7 +115,7 @@ def training_arguments(
     defaults = dict(
         learning_rate=5e-6, adam_beta1=.9, adam_beta2=.95, adam_epsilon=1e-6, weight_decay=0., lr_scheduler_type="inverse_sqrt", warmup_steps=500,
         num_train_epochs=1, per_device_train_batch_size=8, per_device_eval_batch_size=32,
-        eval_strategy="steps", eval_steps=every, save_steps=every, logging_steps=every, logging_nan_inf_filter=False, report_to="none",
+        eval_strategy="steps", eval_steps=every, save_steps=every, logging_steps=every, logging_nan_inf_filter=False, report_to="none", disable_tqdm=False,
         load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=False, save_total_limit=1,
         remove_unused_columns=False, dataloader_pin_memory=torch.cuda.is_available())
     return TrainingArguments(output_dir=str(folder), seed=seed, **defaults | kwargs)
@@ -175,9 +176,10 @@ def score_pairs(
 ) -> np.ndarray: # quantiles `[pairs, 2, N]`, float32, chosen first
     "Score both responses of each pair."
     order = np.argsort([len(p) + max(len(c), len(r)) for p, c, r in zip(*(pairs[k] for k in ("prompt_ids", "chosen_ids", "rejected_ids")))])[::-1]
-    args = TrainingArguments("unused", per_device_eval_batch_size=batch_size, disable_tqdm=disable_tqdm, report_to="none", remove_unused_columns=False,
-                             dataloader_pin_memory=torch.cuda.is_available())
-    quantiles = PairTrainer(model, args, tokenizer).predict(pairs.select(order)).predictions
+    with TemporaryDirectory() as nothing_is_written:
+        args = TrainingArguments(nothing_is_written, per_device_eval_batch_size=batch_size, disable_tqdm=disable_tqdm, report_to="none",
+                                 remove_unused_columns=False, dataloader_pin_memory=torch.cuda.is_available())
+        quantiles = PairTrainer(model, args, tokenizer).predict(pairs.select(order)).predictions
     return quantiles[np.argsort(order)]
 
 # %% ../nbs/03_training.ipynb #cell-33
