@@ -152,13 +152,18 @@ def load_reward_model(
     tokenizer, # its tokenizer, from `load_tokenizer`
     n: int, # number of outputs: 1 for a scalar model, 10 for the paper's quantiles
     seed: int = 0, # of the new head's weights
+    dropout: float | None = None, # of every dropout layer; None keeps the backbone's own
 ) -> PreTrainedModel: # an `AutoModelForSequenceClassification`
-    "Load a backbone with a head of n outputs; raises `ValueError` if it can't be had."
+    "Load a backbone with a head of n outputs; raises `ValueError` if it can't be had, or has no dropout layer to set."
     set_seed(seed)
     model = local_or_hub(AutoModelForSequenceClassification.from_pretrained, name, num_labels=n, use_safetensors=True)
     if len(tokenizer) > model.get_input_embeddings().num_embeddings: model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     model.config.get_text_config().pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
     model.config.quantile_levels = quantile_levels(n)
+    if dropout is not None:
+        layers = [m for m in model.modules() if isinstance(m, torch.nn.Dropout)]
+        if dropout and not layers: raise ValueError(f"dropout: {type(model).__name__} has no dropout layers; leave dropout out.")
+        for layer in layers: layer.p = dropout
     return model
 
 # %% ../nbs/01_model.ipynb #cell-38

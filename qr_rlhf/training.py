@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['LengthSampler', 'pair_metrics', 'PairTrainer', 'training_arguments', 'last_checkpoint', 'train_to', 'warm_up_trainer',
-           'score_pairs', 'rewards_table', 'write_whole', 'versions', 'open_run']
+           'score_pairs', 'rewards_table']
 
 # %% ../nbs/03_training.ipynb #cell-3
-import json, os, shutil
+import json, shutil
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -17,7 +16,6 @@ import numpy as np
 import pandas as pd
 import torch
 from datasets import Dataset
-from filelock import FileLock, Timeout
 from torch.utils.data import Sampler
 from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling, PreTrainedModel, Trainer, TrainingArguments
 
@@ -193,46 +191,3 @@ def rewards_table(
     index = pd.MultiIndex.from_product([range(pairs), ("chosen", "rejected"), quantile_levels(n)], names=["pair", "side", "level"])
     table = pd.DataFrame(dict(reward=quantiles.ravel()), index=index).reset_index()
     return table.assign(model=model, seed=seed)[["model", "seed", "pair", "side", "level", "reward"]]
-
-# %% ../nbs/03_training.ipynb #cell-37
-def write_whole(
-    path: str | Path, # where the file goes
-    write: callable, # writes it, given a path with the same ending
-):
-    "Write a file under a temporary name and then move it into place."
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        write(temporary)
-        temporary.replace(path)
-    finally: temporary.unlink(missing_ok=True)
-
-# %% ../nbs/03_training.ipynb #cell-38
-def versions() -> dict[str, str]: # package → version
-    "Versions of this package and of what computes its results."
-    def find(name):
-        try: return version(name)
-        except PackageNotFoundError: return "not installed"
-    return {name: find(name) for name in ("qr_rlhf", "torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy", "scipy")}
-
-# %% ../nbs/03_training.ipynb #cell-39
-def open_run(
-    folder: str | Path, # of the run
-    settings: dict, # everything that decides its results, as JSON can hold it
-) -> FileLock: # held until it is released or the process ends
-    "Take hold of a run's folder; raises `ValueError` if another process holds it or it was made with other settings."
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder/".lock", timeout=0, is_singleton=True)
-    try: lock.acquire()
-    except Timeout: raise ValueError(f"{folder.name}: another process is working on this run; wait for it, or give this one another name.") from None
-    path, settings = folder/"settings.json", json.loads(json.dumps(settings))
-    if path.exists():
-        old = json.loads(path.read_text())
-        changed = [f"{k} was {old.get(k)!r} and is now {settings.get(k)!r}" for k in {**old, **settings} if old.get(k) != settings.get(k)]
-        if changed:
-            lock.release()
-            raise ValueError(f"{folder.name}: this run exists with other settings ({'; '.join(changed)}); give another name, or delete its folder.")
-    else: write_whole(path, lambda p: p.write_text(json.dumps(settings, indent=1)))
-    return lock
