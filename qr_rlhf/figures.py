@@ -7,7 +7,6 @@ __all__ = ['COLORS', 'NAMES', 'style', 'first_seed', 'draw_distribution', 'finis
            'save_figure']
 
 # %% ../nbs/04b_figures.ipynb #cell-3
-import os
 from contextlib import AbstractContextManager
 from pathlib import Path
 from textwrap import fill
@@ -19,6 +18,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from .analysis import ece, reliability, to_arrays, win_logprob
+from .runs import write_whole
 
 # %% ../nbs/04b_figures.ipynb #cell-7
 COLORS = dict(chosen="#0072B2", rejected="#D55E00", lowest="#CC79A7", highest="#009E73", scalar="#56B4E9", quantile="#E69F00")
@@ -119,14 +119,7 @@ def save_figure(
     fig: Figure, # the figure
     path: str|Path, # where to, without suffix; its folder is made if need be
 ) -> list[Path]: # the two files
-    "Write `path`.png (300 dpi) and `path`.svg, each to a temporary file that then takes the name."
-    path, files = Path(path), []
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for suffix in ("png", "svg"):
-        file, temporary = (path.with_name(f"{start}{path.name}.{suffix}") for start in ("", f".{os.getpid()}-"))
-        try:
-            fig.savefig(temporary, format=suffix, dpi=300)
-            os.replace(temporary, file)
-        finally: temporary.unlink(missing_ok=True)
-        files.append(file)
+    "Write `path`.png (300 dpi) and `path`.svg, each whole or not at all."
+    files = [Path(f"{path}.{suffix}") for suffix in ("png", "svg")]
+    for file in files: write_whole(file, lambda temporary: fig.savefig(temporary, dpi=300))
     return files

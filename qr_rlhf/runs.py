@@ -6,12 +6,13 @@
 __all__ = ['PROFILES', 'COMMON', 'Settings', 'read_value', 'make_settings', 'write_whole', 'versions', 'open_run']
 
 # %% ../nbs/03b_runs.ipynb #cell-3
-import dataclasses, json, os
+import dataclasses, json, math, os
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from transformers import SchedulerType
 
 from .data import WORKLOADS
 from .losses import PaperObjective
@@ -83,7 +84,10 @@ def read_value(
         if kind.startswith("int"):
             if float(text) != int(float(text)): raise ValueError
             return int(float(text))
-        return float(text) if kind.startswith("float") else text
+        if kind.startswith("float"):
+            if not math.isfinite(float(text)): raise ValueError
+            return float(text)
+        return text
     except ValueError: raise ValueError(f"{field.name}: {value!r} can't be read as {kind}{', such as 0,1,2' if 'list[int]' in kind else ''}.") from None
 
 # %% ../nbs/03b_runs.ipynb #cell-13
@@ -101,6 +105,8 @@ def make_settings(
     least = dict(n_train=1, n_eval=12, max_length=8, vocab_size=258, n_layer=1, n_embd=1, n_head=1, epochs=1e-9, batch_size=1, learning_rate=1e-12, evaluations=1, n_quantiles=2, warmup_steps=0, warm_up_epochs=0)
     for name, low in least.items():
         if (value := getattr(settings, name)) is not None and value < low: raise ValueError(f"{name}: {value} is too small; the least is {low:g}.")
+    if settings.n_embd % settings.n_head: raise ValueError(f"n_embd: {settings.n_embd} is no multiple of n_head, {settings.n_head}; change one of them.")
+    if settings.lr_scheduler_type not in (known := [s.value for s in SchedulerType]): raise ValueError(f"lr_scheduler_type: {settings.lr_scheduler_type!r} is unknown; choose one of {', '.join(known)}.")
     settings.objective()
     return settings
 
