@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TURN', 'WORKLOADS', 'split_turns', 'parse_pair', 'check_row', 'read_rows', 'root_path', 'hub_file', 'find_file',
            'load_pairs', 'split_validation', 'count_shared_prompts', 'data_hash', 'special_ids', 'cut_start',
-           'encode_prompt', 'encode_pairs', 'collate_pairs']
+           'encode_prompt', 'encode_pairs', 'pad_rows', 'collate_pairs', 'collate_shared', 'shared_mask']
 
 # %% ../nbs/00_data.ipynb #cell-3
 import gzip, hashlib, json, re, zlib
@@ -243,11 +243,39 @@ def encode_pairs(
     return encoded, {"too_long": len(pairs) - len(encoded)} if len(encoded) < len(pairs) else {}
 
 # %% ../nbs/00_data.ipynb #cell-55
+def pad_rows(
+    rows: list[list[int]], # lists of different lengths
+    value: int, # what fills them up
+) -> torch.Tensor: # `[rows, longest]`
+    "Pad lists on the right."
+    return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
+
 def collate_pairs(
     rows: list[dict], # rows of `encode_pairs`
     pad_token_id: int, # the padding token
 ) -> dict[str, torch.Tensor]: # `input_ids` and `attention_mask`, each `[2·pairs, tokens]`, chosen first
     "Pad pairs into a batch: all chosen sequences, then all rejected ones."
-    sequences = [torch.tensor(row["prompt_ids"] + row[side]) for side in ("chosen_ids", "rejected_ids") for row in rows]
-    pad = lambda values, value: torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=value)
-    return dict(input_ids=pad(sequences, pad_token_id), attention_mask=pad([torch.ones_like(s) for s in sequences], 0))
+    sequences = [row["prompt_ids"] + row[side] for side in ("chosen_ids", "rejected_ids") for row in rows]
+    return dict(input_ids=pad_rows(sequences, pad_token_id), attention_mask=pad_rows([[1]*len(s) for s in sequences], 0))
+
+# %% ../nbs/00_data.ipynb #cell-59
+def collate_shared(
+    rows: list[tuple[list[int], list[list[int]]]], # prompt ids, and the ids of K responses, K the same in each row
+    pad_token_id: int, # the padding token
+) -> dict[str, torch.Tensor]: # `input_ids`, `position_ids`, `segments` (0 prompt, k response k, −1 padding), each `[batch, tokens]`; `ends` `[batch, K]`
+    "Put each prompt with all its responses into one row; `ends` is where each response's last token stands."
+    ids = [prompt + [t for r in responses for t in r] for prompt, responses in rows]
+    positions = [[*range(len(p)), *(len(p) + i for r in responses for i in range(len(r)))] for p, responses in rows]
+    segments = [[0]*len(p) + [k for k, r in enumerate(responses, start=1) for _ in r] for p, responses in rows]
+    ends = [np.cumsum([len(r) for r in responses]) + len(p) - 1 for p, responses in rows]
+    return dict(input_ids=pad_rows(ids, pad_token_id), position_ids=pad_rows(positions, 0), segments=pad_rows(segments, -1), ends=torch.tensor(np.array(ends)))
+
+# %% ../nbs/00_data.ipynb #cell-60
+def shared_mask(
+    segments: torch.Tensor, # from `collate_shared`, `[batch, tokens]`
+    dtype: torch.dtype = torch.float32, # of the model's hidden states
+) -> torch.Tensor: # `[batch, 1, tokens, tokens]`, added to attention scores: 0 where a token (row) may look, else hugely negative
+    "Let each token see the prompt and its own response, up to itself. Additive, because some models are wrong with a boolean mask."
+    causal = torch.ones(segments.shape[1:]*2, dtype=torch.bool, device=segments.device).tril()
+    sees = causal & ((segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None]))
+    return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill(~sees, torch.finfo(torch.bfloat16).min)[:, None]

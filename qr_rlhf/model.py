@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['quantile_levels', 'RewardDistribution', 'cvar_weights', 'local_or_hub', 'load_tokenizer', 'train_tokenizer',
-           'tiny_gpt2', 'load_reward_model', 'to_scalar']
+           'tiny_gpt2', 'load_reward_model', 'find_head', 'reading_at', 'shared_quantiles', 'shares_prompt',
+           'to_scalar']
 
 # %% ../nbs/01_model.ipynb #cell-3
 import copy
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, GPT2Config, GPT2LMHeadModel,
                           PreTrainedModel, PreTrainedTokenizerFast, set_seed)
 
-from .data import collate_pairs, encode_pairs, root_path, special_ids
+from .data import collate_pairs, collate_shared, root_path, shared_mask, special_ids
 
 # %% ../nbs/01_model.ipynb #cell-8
 def quantile_levels(
@@ -167,6 +169,61 @@ def load_reward_model(
     return model
 
 # %% ../nbs/01_model.ipynb #cell-38
+def find_head(
+    model: PreTrainedModel, # a reward model with N outputs
+) -> torch.nn.Linear: # its last linear layer
+    "Find the layer that puts out the quantiles."
+    return [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m.out_features == model.config.num_labels][-1]
+
+@contextmanager
+def reading_at(
+    model: PreTrainedModel, # a reward model without wrappers, whose head sees every token
+    ends: torch.Tensor, # where to read, `[batch, K]`
+):
+    "Within this context the model puts out `[batch, K·N]`: its outputs at K tokens of each row."
+    def read(head, inputs, outputs): # outputs `[batch, tokens, N]`
+        at_ends = outputs.gather(1, ends[..., None].expand(-1, -1, outputs.shape[-1]))
+        return at_ends.flatten(1)[:, None].expand(-1, outputs.shape[1], -1)
+    hook = find_head(model).register_forward_hook(read)
+    try: yield
+    finally: hook.remove()
+
+# %% ../nbs/01_model.ipynb #cell-39
+def shared_quantiles(
+    model, # a reward model, wrapped or not
+    batch: dict[str, torch.Tensor], # from `collate_shared`
+    inner: PreTrainedModel | None = None, # the reward model inside its wrappers; None: there are none
+) -> torch.Tensor: # `[batch, K, N]`
+    "Quantiles of K responses to each prompt, the prompt computed once."
+    inner = inner or model
+    with reading_at(inner, batch["ends"]):
+        out = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], attention_mask=shared_mask(batch["segments"], inner.dtype), use_cache=False).logits
+    return out.unflatten(-1, (batch["ends"].shape[1], -1))
+
+# %% ../nbs/01_model.ipynb #cell-43
+def shares_prompt(
+    model: PreTrainedModel, # a reward model
+    pad_token_id: int, # the padding token
+    longest: int, # tokens in the longest sequence that will come
+) -> bool: # whether both ways give the same quantiles
+    "Find out whether a model computes the same on one row with a shared prompt as on separate sequences."
+    window = getattr(model.config.get_text_config(), "sliding_window", None)
+    n = longest if window else min(longest, 48)
+    ids = torch.arange(3*n, device=model.device) % (model.config.get_text_config().vocab_size - 1)
+    ids = (ids + (ids == pad_token_id)).tolist()
+    prompt, *responses = ids[:n//3], ids[n:n + (n - n//3)], ids[2*n:2*n + (n - n//3)//2 + 1]
+    to_device = lambda batch: {k: v.to(model.device) for k, v in batch.items()}
+    training = model.training
+    try:
+        with torch.no_grad():
+            model.eval()
+            separate = model(**to_device(collate_pairs([dict(prompt_ids=prompt, chosen_ids=responses[0], rejected_ids=responses[1])], pad_token_id))).logits.float()
+            shared = shared_quantiles(model, to_device(collate_shared([(prompt, responses)], pad_token_id)))[0].float()
+        return bool((shared - separate).abs().max() <= (1e-4 if model.dtype == torch.float32 else .1)*(separate.abs().max() + 1e-6))
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError): return False     # it can't take such a row at all
+    finally: model.train(training)
+
+# %% ../nbs/01_model.ipynb #cell-47
 def to_scalar(
     model: PreTrainedModel, # a reward model with N outputs
     weights: list[float] | None = None, # N weights, such as `cvar_weights(10, .2)`; None means uniform, the mean of the quantiles
@@ -176,7 +233,7 @@ def to_scalar(
     weights = [1/n]*n if weights is None else list(weights)
     if len(weights) != n: raise ValueError(f"weights: {len(weights)} were given for a model with {n} outputs; give {n}.")
     model = copy.deepcopy(model)
-    head = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m.out_features == n][-1]
+    head = find_head(model)
     weights = torch.tensor([weights], device=head.weight.device)
     with torch.no_grad():
         head.weight = torch.nn.Parameter((weights @ head.weight.float()).to(head.weight))
