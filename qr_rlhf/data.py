@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['TURN', 'WORKLOADS', 'split_turns', 'parse_pair', 'check_row', 'read_rows', 'root_path', 'hub_file', 'find_file',
            'load_pairs', 'split_validation', 'count_shared_prompts', 'data_hash', 'special_ids', 'cut_start',
-           'encode_prompt', 'encode_pairs', 'pad_rows', 'collate_pairs', 'collate_shared', 'shared_mask']
+           'encode_prompt', 'encode_pairs', 'pad_rows', 'collate_sequences', 'collate_pairs', 'collate_shared',
+           'shared_mask']
 
 # %% ../nbs/00_data.ipynb #cell-3
 import gzip, hashlib, json, re, zlib
@@ -250,13 +251,19 @@ def pad_rows(
     "Pad lists on the right."
     return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
 
+def collate_sequences(
+    sequences: list[list[int]], # token ids
+    pad_token_id: int, # the padding token
+) -> dict[str, torch.Tensor]: # `input_ids` and `attention_mask`, each `[sequences, tokens]`
+    "Pad sequences into a batch."
+    return dict(input_ids=pad_rows(sequences, pad_token_id), attention_mask=pad_rows([[1]*len(s) for s in sequences], 0))
+
 def collate_pairs(
     rows: list[dict], # rows of `encode_pairs`
     pad_token_id: int, # the padding token
 ) -> dict[str, torch.Tensor]: # `input_ids` and `attention_mask`, each `[2·pairs, tokens]`, chosen first
     "Pad pairs into a batch: all chosen sequences, then all rejected ones."
-    sequences = [row["prompt_ids"] + row[side] for side in ("chosen_ids", "rejected_ids") for row in rows]
-    return dict(input_ids=pad_rows(sequences, pad_token_id), attention_mask=pad_rows([[1]*len(s) for s in sequences], 0))
+    return collate_sequences([row["prompt_ids"] + row[side] for side in ("chosen_ids", "rejected_ids") for row in rows], pad_token_id)
 
 # %% ../nbs/00_data.ipynb #cell-59
 def collate_shared(

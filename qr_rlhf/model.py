@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, GPT2Config, GPT2LMHeadModel,
                           PreTrainedModel, PreTrainedTokenizerFast, set_seed)
 
-from .data import collate_pairs, collate_shared, root_path, shared_mask, special_ids
+from .data import collate_sequences, collate_shared, root_path, shared_mask, special_ids
 
 # %% ../nbs/01_model.ipynb #cell-8
 def quantile_levels(
@@ -217,7 +217,7 @@ def shares_prompt(
     try:
         with torch.no_grad():
             model.eval()
-            separate = model(**to_device(collate_pairs([dict(prompt_ids=prompt, chosen_ids=responses[0], rejected_ids=responses[1])], pad_token_id))).logits.float()
+            separate = model(**to_device(collate_sequences([prompt + r for r in responses], pad_token_id))).logits.float()
             shared = shared_quantiles(model, to_device(collate_shared([(prompt, responses)], pad_token_id)))[0].float()
         return bool((shared - separate).abs().max() <= (1e-4 if model.dtype == torch.float32 else .1)*(separate.abs().max() + 1e-6))
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError): return False     # it can't take such a row at all

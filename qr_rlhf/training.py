@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LengthSampler', 'pair_metrics', 'row_lengths', 'PairTrainer', 'training_arguments', 'last_checkpoint', 'train_to',
-           'warm_up_trainer', 'score_pairs', 'rewards_table']
+           'warm_up_trainer', 'score_pairs', 'rewards_table', 'score']
 
 # %% ../nbs/03_training.ipynb #cell-3
 import json, shutil
@@ -19,7 +19,7 @@ from datasets import Dataset
 from torch.utils.data import Sampler
 from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling, PreTrainedModel, Trainer, TrainingArguments
 
-from .data import collate_pairs, collate_shared
+from .data import collate_pairs, collate_sequences, collate_shared, encode_prompt, special_ids
 from .losses import PaperObjective
 from .model import local_or_hub, quantile_levels, shared_quantiles, shares_prompt
 
@@ -206,3 +206,30 @@ def rewards_table(
     index = pd.MultiIndex.from_product([range(pairs), ("chosen", "rejected"), quantile_levels(n)], names=["pair", "side", "level"])
     table = pd.DataFrame(dict(reward=quantiles.ravel()), index=index).reset_index()
     return table.assign(model=model, seed=seed)[["model", "seed", "pair", "side", "level", "reward"]]
+
+# %% ../nbs/03_training.ipynb #cell-39
+def score(
+    model: PreTrainedModel, # a reward model
+    tokenizer, # its tokenizer
+    prompt: str, # a dialogue up to the reply, such as `"\n\nHuman: Why?\n\nAssistant:"`
+    responses: list[str], # replies to it, such as `" Because."`
+    max_length: int | None = None, # most tokens in a sequence; None: as many as the model has positions
+    row_tokens: int = 1024, # most response tokens that are computed together
+) -> torch.Tensor: # quantiles `[responses, N]`, float32
+    "Score responses to one prompt, which is cut as in training; raises `ValueError` for a response that doesn't fit."
+    (before, after), model = special_ids(tokenizer), model.eval()
+    ids = [tokenizer(r, add_special_tokens=False)["input_ids"] + after for r in responses]
+    longest, limit = max(map(len, ids)), max_length or model.config.get_text_config().max_position_embeddings
+    if longest + len(before) > limit: raise ValueError(f"responses: response {int(np.argmax([len(i) for i in ids]))} has {longest} tokens with its end token, but a sequence may have {limit}; leave it out.")
+    one = tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    start = before + encode_prompt(prompt, one["input_ids"], one["offset_mapping"], limit - len(before) - longest)
+    order, quantiles = np.argsort([len(i) for i in ids]), [None]*len(ids)
+    groups = np.cumsum([len(ids[i]) for i in order])//row_tokens
+    shared = shares_prompt(model, tokenizer.pad_token_id, len(start) + longest)
+    for group in np.unique(groups):
+        chunk = order[groups == group]
+        with torch.no_grad():
+            if shared: out = shared_quantiles(model, {k: v.to(model.device) for k, v in collate_shared([(start, [ids[i] for i in chunk])], tokenizer.pad_token_id).items()})[0]
+            else: out = model(**{k: v.to(model.device) for k, v in collate_sequences([start + ids[i] for i in chunk], tokenizer.pad_token_id).items()}).logits
+        for i, q in zip(chunk, out.float().cpu()): quantiles[i] = q
+    return torch.stack(quantiles)
