@@ -140,12 +140,11 @@ def tiny_gpt2(
     n_embd: int, # width
     n_head: int, # attention heads
     seed: int, # of the random weights
-    dropout: float = .1, # GPT-2's own value
-) -> GPT2LMHeadModel: # with random weights
+) -> GPT2LMHeadModel: # with random weights and no dropout: it sees its text a few times only
     "Make a GPT-2 of any size from scratch."
     set_seed(seed)
     return GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_positions=max_length, n_layer=n_layer, n_embd=n_embd, n_head=n_head,
-        resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout, bos_token_id=tokenizer.eos_token_id,
+        resid_pdrop=0., embd_pdrop=0., attn_pdrop=0., bos_token_id=tokenizer.eos_token_id,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
 
 # %% ../nbs/01_model.ipynb #cell-26

@@ -59,12 +59,12 @@ class Settings:
 
 # %% ../nbs/03b_runs.ipynb #cell-8
 PROFILES = dict(
-    demo=dict(data="synthetic", n_train=4000, n_eval=1000, max_length=512, backbone="scratch", warm_up_epochs=2., seeds=[0], epochs=2.,
-              batch_size=16, learning_rate=1e-3, lr_scheduler_type="cosine", warmup_steps=20, evaluations=6),
+    demo=dict(data="synthetic", n_train=5000, n_eval=1000, max_length=512, backbone="scratch", warm_up_epochs=2., seeds=[0], epochs=2.,
+              batch_size=16, learning_rate=8e-4, lr_scheduler_type="cosine", warmup_steps=20, evaluations=6),
     paper=dict(data="Anthropic/hh-rlhf", n_train=None, n_eval=None, max_length=1024, backbone="openai-community/gpt2", warm_up_epochs=0., seeds=[0, 1, 2], epochs=1.,
                batch_size=8, learning_rate=5e-6, lr_scheduler_type="inverse_sqrt", warmup_steps=500, evaluations=20),
 )
-COMMON = dict(subsets=None, judges="independent", vocab_size=2000, n_layer=2, n_embd=128, n_head=4, warm_up_learning_rate=1e-3, dropout=None,
+COMMON = dict(subsets=None, judges="independent", vocab_size=1500, n_layer=2, n_embd=128, n_head=4, warm_up_learning_rate=2e-3, dropout=None,
               n_quantiles=10, **dataclasses.asdict(PaperObjective()))
 
 # %% ../nbs/03b_runs.ipynb #cell-10

@@ -15,7 +15,7 @@ class Project:
         shutil.copy(ROOT/"settings.ini", self.folder)
         shutil.copytree(ROOT/"nbs", self.folder/"nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
         (self.folder/"runs").mkdir()
-        self.env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HOME": str(self.folder/"hub"), "HF_ENDPOINT": "http://127.0.0.1:9", "OMP_NUM_THREADS": "2", "PYTHONWARNINGS": "ignore"}
+        self.env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HOME": str(self.folder/"hub"), "HF_ENDPOINT": "http://127.0.0.1:9", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 
     def command(self, notebook, output, **parameters):
         given = [str(p) for k, v in parameters.items() for p in ("-p", k, v)]
