@@ -22,7 +22,7 @@ setup(
     packages=find_packages(include=["qr_rlhf"]),
     python_requires=f">={settings['min_python']}",
     install_requires=settings["requirements"].split(),
-    extras_require={"dev": settings["dev_requirements"].split()},
-    entry_points={"nbdev": [f"qr_rlhf=qr_rlhf._modidx:d"]},
+    extras_require={extra: settings[f"{extra}_requirements"].split() for extra in ("dev", "bench")},
+    entry_points={"nbdev": ["qr_rlhf=qr_rlhf._modidx:d"]},
     zip_safe=False,
 )
