@@ -156,6 +156,7 @@ def train_to(
         trainer = make(work)
         trainer.train(resume_from_checkpoint=last_checkpoint(work))
         trainer.save_model(str(work/"finished"))
+        (work/"finished"/"training_args.bin").unlink(missing_ok=True)      # a pickle; the run's settings are kept as text
         (work/"finished"/"log.json").write_text(json.dumps(trainer.state.log_history))
         (work/"finished").rename(folder)
     shutil.rmtree(work, ignore_errors=True)
