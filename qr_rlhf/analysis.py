@@ -59,7 +59,7 @@ def kde_logpdf(
         parts.append(top + np.log(np.maximum(np.exp(exponent - top) @ weights, np.finfo(float).tiny)))
     return np.concatenate(parts) - np.log(h * np.sqrt(2*np.pi))
 
-# %% ../nbs/04_analysis.ipynb #cell-22
+# %% ../nbs/04_analysis.ipynb #cell-23
 def log_ratio(
     points: np.ndarray, # where to evaluate `[m]`
     chosen: np.ndarray, # rewards `[n]`
@@ -79,7 +79,7 @@ def kl_kde(
     ratio = log_ratio(chosen, chosen, rejected, weights)
     return float(ratio.mean()) if weights is None else (weights * ratio).sum(axis=0)
 
-# %% ../nbs/04_analysis.ipynb #cell-27
+# %% ../nbs/04_analysis.ipynb #cell-28
 def kl_histogram(
     chosen: np.ndarray, # rewards `[n]`
     rejected: np.ndarray, # rewards `[n]`
@@ -93,7 +93,7 @@ def kl_histogram(
     p, q = (np.histogram(sample, edges)[0]/len(sample) + epsilon for sample in (chosen, rejected))
     return float(entropy(p, q))  # scipy's relative entropy, which makes p and q sum to 1
 
-# %% ../nbs/04_analysis.ipynb #cell-33
+# %% ../nbs/04_analysis.ipynb #cell-34
 def spread_ties(
     values: np.ndarray, # rewards `[n]`
 ) -> np.ndarray: # `[n]`
@@ -118,7 +118,7 @@ def kl_knn(
     floor = np.spacing(np.abs(values).max())
     return float(np.log(np.maximum(other, floor) / np.maximum(own, floor)).mean() + np.log(m/(n - 1)))
 
-# %% ../nbs/04_analysis.ipynb #cell-45
+# %% ../nbs/04_analysis.ipynb #cell-46
 def accuracy(
     chosen: np.ndarray, # rewards `[pairs]`
     rejected: np.ndarray, # rewards `[pairs]`
@@ -135,7 +135,7 @@ def auroc(
     ranks = rankdata(np.concatenate([chosen, rejected]))[:n]
     return float((ranks.sum() - n*(n + 1)/2) / (n*m))
 
-# %% ../nbs/04_analysis.ipynb #cell-49
+# %% ../nbs/04_analysis.ipynb #cell-51
 def win_logprob(
     quantiles: np.ndarray, # `[pairs, 2, N]`, chosen first
     link: str = "mean", # "mean": σ of the difference of means; "distributional": mean of σ(q_i − q_j) over N × N
@@ -148,7 +148,7 @@ def win_logprob(
         return logsumexp(log_expit(difference), axis=(1, 2)) - 2*np.log(quantiles.shape[-1])
     raise ValueError(f"Unknown link {link!r}: choose 'mean' or 'distributional'.")
 
-# %% ../nbs/04_analysis.ipynb #cell-53
+# %% ../nbs/04_analysis.ipynb #cell-55
 def reliability(
     log_win: np.ndarray, # log probability that the chosen response wins `[pairs]`
     keep: np.ndarray|slice = slice(None), # which pairs to use, after the order of all is drawn
@@ -167,7 +167,7 @@ def ece(
     "Expected calibration error: mean distance of forecast and frequency, bins weighted by pairs (Naeini et al. 2015)."
     return float(np.average((table.forecast - table.happened).abs(), weights=table.pairs))
 
-# %% ../nbs/04_analysis.ipynb #cell-59
+# %% ../nbs/04_analysis.ipynb #cell-61
 def jensen_shannon(
     chosen: np.ndarray, # rewards `[n]`
     rejected: np.ndarray, # rewards `[n]`
@@ -178,7 +178,7 @@ def jensen_shannon(
     if weights is None: return float(np.log(2) + (at_chosen.mean() + at_rejected.mean())/2)
     return np.log(2) + (weights * (at_chosen + at_rejected)).sum(axis=0)/2
 
-# %% ../nbs/04_analysis.ipynb #cell-63
+# %% ../nbs/04_analysis.ipynb #cell-66
 def crossing_rate(
     quantiles: np.ndarray, # `[pairs, 2, N]`
 ) -> float: # share of neighbouring levels; 0 for one level
@@ -193,7 +193,7 @@ def length_correlation(
     a, b = (rankdata(x) - (np.size(x) + 1)/2 for x in (rewards, lengths))
     return float(a @ b / np.sqrt((a @ a) * (b @ b))) if a.any() and b.any() else 0.
 
-# %% ../nbs/04_analysis.ipynb #cell-67
+# %% ../nbs/04_analysis.ipynb #cell-71
 def half_samples(
     n_pairs: int, # number of pairs
     n_resamples: int = 200, # number of half-samples
@@ -210,7 +210,7 @@ def interval(
     low, high = values[0] + np.quantile(values[1:] - values[1:].mean(), [.025, .975])
     return dict(value=float(values[0]), low=float(low), high=float(high))
 
-# %% ../nbs/04_analysis.ipynb #cell-71
+# %% ../nbs/04_analysis.ipynb #cell-75
 def statistics(
     quantiles: np.ndarray, # `[pairs, 2, N]`, chosen first
     samples: np.ndarray, # from `half_samples`
@@ -227,7 +227,7 @@ def statistics(
     weights = samples.T / samples.sum(axis=1)
     return pd.DataFrame(rows).assign(kl_kde=kl_kde(*means.T, weights), jensen_shannon=jensen_shannon(*means.T, weights))
 
-# %% ../nbs/04_analysis.ipynb #cell-78
+# %% ../nbs/04_analysis.ipynb #cell-82
 def swapped(
     quantiles: np.ndarray, # `[pairs, 2, N]`, chosen first
     lengths: np.ndarray|None = None, # lengths of the responses `[pairs, 2]`
@@ -242,7 +242,7 @@ def swapped(
         draws.append(statistics(swap(quantiles), np.ones((1, n), bool), swap(lengths), link).iloc[0])
     return pd.DataFrame(draws).mean()
 
-# %% ../nbs/04_analysis.ipynb #cell-82
+# %% ../nbs/04_analysis.ipynb #cell-86
 def summarise(
     values: pd.DataFrame, # from `statistics`
     **zero: float, # metric → its `swapped` value, if that is to be given too
@@ -252,7 +252,7 @@ def summarise(
     kl = {name: parts.pop("kl_" + name) for name in ("kde", "histogram", "knn")}
     return parts | {"kl": kl}
 
-# %% ../nbs/04_analysis.ipynb #cell-85
+# %% ../nbs/04_analysis.ipynb #cell-89
 def evaluate(
     rewards: pd.DataFrame, # the rewards table, with the models scalar and quantile
     lengths: np.ndarray|None = None, # lengths of the responses `[pairs, 2]`, pairs ascending, chosen first
@@ -275,7 +275,7 @@ def evaluate(
         models[model] = values | dict(intervals=parts, kl=kl, per_seed=[{"seed": int(s), **t.loc[0].to_dict()} for s, (t, _) in by_seed.items()])
     return dict(models=models, difference=summarise(tables["quantile"] - tables["scalar"]))
 
-# %% ../nbs/04_analysis.ipynb #cell-93
+# %% ../nbs/04_analysis.ipynb #cell-97
 PAPER = {"helpful": {"scalar": 4.914, "quantile": 6.779}, "harmless": {"scalar": 6.833, "quantile": 7.291}}  # Table 1 of the paper
 
 def table1(
