@@ -43,6 +43,7 @@ class Settings:
     learning_rate: float # peak, AdamW
     lr_scheduler_type: str # name in `transformers.SchedulerType`
     warmup_steps: int # steps of rising learning rate
+    precision: str # what the backbone computes in: `float32` or `bfloat16`
     evaluations: int # how often to evaluate on the validation pairs while training; the best checkpoint is kept
     n_quantiles: int # outputs of the quantile model, N
     target: str # what the quantiles regress on: `label`, `shift` or `none`
@@ -64,7 +65,7 @@ PROFILES = dict(
     paper=dict(data="Anthropic/hh-rlhf", n_train=None, n_eval=None, max_length=1024, backbone="openai-community/gpt2", warm_up_epochs=0., seeds=[0, 1, 2], epochs=1.,
                batch_size=8, learning_rate=5e-6, lr_scheduler_type="inverse_sqrt", warmup_steps=500, evaluations=20),
 )
-COMMON = dict(subsets=None, judges="independent", vocab_size=1500, n_layer=2, n_embd=128, n_head=4, warm_up_learning_rate=2e-3, dropout=None,
+COMMON = dict(subsets=None, judges="independent", vocab_size=1500, n_layer=2, n_embd=128, n_head=4, warm_up_learning_rate=2e-3, dropout=None, precision="float32",
               n_quantiles=10, **dataclasses.asdict(PaperObjective()))
 
 # %% ../nbs/03b_runs.ipynb #cell-10
@@ -107,6 +108,7 @@ def make_settings(
         if (value := getattr(settings, name)) is not None and value < low: raise ValueError(f"{name}: {value} is too small; the least is {low:g}.")
     if settings.n_embd % settings.n_head: raise ValueError(f"n_embd: {settings.n_embd} is no multiple of n_head, {settings.n_head}; change one of them.")
     if settings.lr_scheduler_type not in (known := [s.value for s in SchedulerType]): raise ValueError(f"lr_scheduler_type: {settings.lr_scheduler_type!r} is unknown; choose one of {', '.join(known)}.")
+    if settings.precision not in ("float32", "bfloat16"): raise ValueError(f"precision: {settings.precision!r} is unknown; choose one of float32, bfloat16.")
     settings.objective()
     return settings
 

@@ -121,6 +121,7 @@ def training_arguments(
     steps: int, # optimiser steps of the whole training
     evaluations: int = 10, # how often to evaluate on the validation pairs (and to save)
     seed: int = 0, # of order and dropout
+    precision: str = "float32", # or `bfloat16`: what the backbone computes in (autocast); weights, losses and statistics stay float32
     **kwargs, # any field of `transformers.TrainingArguments`
 ) -> TrainingArguments: # with MOSS-RLHF's values where nothing else was said
     "Make `TrainingArguments` for a reward model."
@@ -130,7 +131,8 @@ def training_arguments(
         num_train_epochs=1, per_device_train_batch_size=8, per_device_eval_batch_size=32,
         eval_strategy="steps", eval_steps=every, save_steps=every, logging_steps=every, logging_nan_inf_filter=False, report_to="none", disable_tqdm=False,
         load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=False, save_total_limit=1,
-        remove_unused_columns=False, dataloader_pin_memory=torch.cuda.is_available())
+        remove_unused_columns=False, dataloader_pin_memory=torch.cuda.is_available(),
+        **dict(bf16=True, use_cpu=not torch.cuda.is_available()) if precision == "bfloat16" else {})
     return TrainingArguments(output_dir=str(folder), seed=seed, **defaults | kwargs)
 
 # %% ../nbs/03_training.ipynb #cell-24
@@ -186,14 +188,15 @@ def score_pairs(
     tokenizer, # its tokenizer
     pairs: Dataset, # encoded pairs
     batch_size: int = 32, # pairs at a time
+    precision: str = "float32", # or `bfloat16`, as in `training_arguments`
     disable_tqdm: bool = False, # no progress bar
 ) -> np.ndarray: # quantiles `[pairs, 2, N]`, float32, chosen first
     "Score both responses of each pair."
     order = np.argsort(row_lengths(pairs, shared=True))[::-1]
     with TemporaryDirectory() as nothing_is_written:
-        args = TrainingArguments(nothing_is_written, per_device_eval_batch_size=batch_size, disable_tqdm=disable_tqdm, report_to="none",
-                                 remove_unused_columns=False, dataloader_pin_memory=torch.cuda.is_available())
-        quantiles = PairTrainer(model, args, tokenizer, valid=pairs).predict(pairs.select(order)).predictions
+        args = training_arguments(nothing_is_written, 1, per_device_eval_batch_size=batch_size, disable_tqdm=disable_tqdm)
+        with torch.autocast(args.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            quantiles = PairTrainer(model, args, tokenizer, valid=pairs).predict(pairs.select(order)).predictions
     return quantiles[np.argsort(order)]
 
 # %% ../nbs/03_training.ipynb #cell-35
