@@ -214,7 +214,7 @@ def shares_prompt(
     to_device = lambda batch: {k: v.to(model.device) for k, v in batch.items()}
     training = model.training
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
             model.eval()
             separate = model(**to_device(collate_sequences([prompt + r for r in responses], pad_token_id))).logits.float()
             shared = shared_quantiles(model, to_device(collate_shared([(prompt, responses)], pad_token_id)))[0].float()
