@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from transformers import SchedulerType
 
 from .data import WORKLOADS
-from .losses import PaperObjective
+from .losses import DistributionalObjective, Objective, PaperObjective
 
 # %% ../nbs/03b_runs.ipynb #cell-6
 @dataclass(frozen=True)
@@ -45,7 +45,10 @@ class Settings:
     warmup_steps: int # steps of rising learning rate
     precision: str # what the backbone computes in: `float32` or `bfloat16`
     evaluations: int # how often to evaluate on the validation pairs while training; the best checkpoint is kept
-    n_quantiles: int # outputs of the quantile model, N
+    n_quantiles: int # quantiles of the quantile model, N
+    objective: str # of the quantile model: `paper` or `distributional`
+    shape: str # distributional: `normal` quantiles, or `free` ones
+    pool: float # distributional, normal: weight of the variance of log s
     target: str # what the quantiles regress on: `label`, `shift` or `none`
     weight: float # weight of the quantile Huber loss
     kappa: float # κ of the quantile Huber loss; 0 is the pinball loss
@@ -54,8 +57,14 @@ class Settings:
     margin: float # target `shift`: margin
     link: str # what enters eq. 1: `mean` of the quantiles, or `distributional`
 
-    def objective(self) -> PaperObjective:
-        "The quantile model's objective."
+    def family(self) -> str | None:
+        "How the quantile model's outputs are read (`quantile_family` of `load_reward_model`)."
+        return self.shape if self.objective == "distributional" else None
+
+    def make_objective(self) -> Objective:
+        "The quantile model's objective; raises `ValueError` for values that it can't have."
+        if self.objective not in ("paper", "distributional"): raise ValueError(f"objective: {self.objective!r} is unknown; choose one of paper, distributional.")
+        if self.objective == "distributional": return DistributionalObjective(self.shape, self.pool, self.n_quantiles)
         return PaperObjective(**{f.name: getattr(self, f.name) for f in dataclasses.fields(PaperObjective)})
 
 # %% ../nbs/03b_runs.ipynb #cell-8
@@ -66,7 +75,7 @@ PROFILES = dict(
                batch_size=8, learning_rate=5e-6, lr_scheduler_type="inverse_sqrt", warmup_steps=500, evaluations=20),
 )
 COMMON = dict(subsets=None, judges="independent", vocab_size=1500, n_layer=2, n_embd=128, n_head=4, warm_up_learning_rate=2e-3, dropout=None, precision="float32",
-              n_quantiles=10, **dataclasses.asdict(PaperObjective()))
+              n_quantiles=10, objective="paper", shape=DistributionalObjective.shape, pool=DistributionalObjective.pool, **dataclasses.asdict(PaperObjective()))
 
 # %% ../nbs/03b_runs.ipynb #cell-10
 def read_value(
@@ -109,7 +118,7 @@ def make_settings(
     if settings.n_embd % settings.n_head: raise ValueError(f"n_embd: {settings.n_embd} is no multiple of n_head, {settings.n_head}; change one of them.")
     if settings.lr_scheduler_type not in (known := [s.value for s in SchedulerType]): raise ValueError(f"lr_scheduler_type: {settings.lr_scheduler_type!r} is unknown; choose one of {', '.join(known)}.")
     if settings.precision not in ("float32", "bfloat16"): raise ValueError(f"precision: {settings.precision!r} is unknown; choose one of float32, bfloat16.")
-    settings.objective()
+    settings.make_objective()
     return settings
 
 # %% ../nbs/03b_runs.ipynb #cell-17

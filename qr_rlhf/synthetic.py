@@ -144,17 +144,17 @@ def mixture_quantiles(
 
 # %% ../nbs/05_synthetic.ipynb #cell-31
 class Truth(NamedTuple):
-    "The known distribution of a response's reward over annotators: a mixture of normals, one per group."
-    weights: np.ndarray # share of each group, [groups]
+    "The known distribution of a response's reward over annotators: a mixture of normals, one per group. May hold many responses."
+    weights: np.ndarray # share of each group, [..., groups]
     means: np.ndarray   # mean reward within each group
     sds: np.ndarray     # standard deviation within each group
-    def mean(self) -> float: # mean reward over all annotators
-        return float(self.weights @ self.means)
-    def sd(self) -> float: # standard deviation of the reward over all annotators
-        return float(np.sqrt(self.weights @ (self.sds**2 + (self.means - self.mean())**2)))
-    def quantiles(self, levels) -> np.ndarray: # rewards at the quantile levels
+    def mean(self) -> np.ndarray: # mean reward over all annotators, [...]
+        return (self.weights * self.means).sum(-1)
+    def sd(self) -> np.ndarray: # standard deviation of the reward over all annotators, [...]
+        return np.sqrt((self.weights * (self.sds**2 + (self.means - self.mean()[..., None])**2)).sum(-1))
+    def quantiles(self, levels) -> np.ndarray: # rewards at the quantile levels, [..., levels]
         return mixture_quantiles(*self, levels)
-    def sample(self, n: int, rng: np.random.Generator) -> np.ndarray: # rewards by n randomly drawn annotators
+    def sample(self, n: int, rng: np.random.Generator) -> np.ndarray: # rewards of one response by n randomly drawn annotators
         g = rng.choice(len(self.weights), n, p=self.weights)
         return rng.normal(self.means[g], self.sds[g])
 
@@ -216,14 +216,14 @@ def win_probability(
     chosen: Truth,               # reward distribution of one response
     rejected: Truth,             # reward distribution of the other
     judges: str = "independent", # independent: an annotator each; same: one annotator for both
-) -> float: # probability in (0, 1)
+) -> np.ndarray: # probability in (0, 1), [...]
     "The Bayes probability that `chosen` beats `rejected`. Unknown `judges` raise `ValueError`."
     known("judges", judges, JUDGES)
     same = judges == "same" # one group, one severity: a normal score times the group's sd
-    w = np.diag(chosen.weights) if same else np.outer(chosen.weights, rejected.weights)
-    mean = np.subtract.outer(chosen.means, rejected.means)[..., None]
-    sd = (np.subtract if same else np.hypot).outer(chosen.sds, rejected.sds)[..., None]
-    return float((w * (expit(mean + sd * NODES) @ NODE_WEIGHTS)).sum() / NODE_WEIGHTS.sum())
+    (w, m, s), (v, n, t) = ((x[..., :, None] for x in chosen), (x[..., None, :] for x in rejected))
+    w = w * (np.eye(w.shape[-2]) if same else v)
+    sd = (np.subtract if same else np.hypot)(s, t)[..., None]
+    return (w * (expit((m - n)[..., None] + sd * NODES) @ NODE_WEIGHTS)).sum((-2, -1)) / NODE_WEIGHTS.sum()
 
 # %% ../nbs/05_synthetic.ipynb #cell-49
 def write_turn(

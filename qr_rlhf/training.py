@@ -20,8 +20,8 @@ from torch.utils.data import Sampler
 from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling, PreTrainedModel, Trainer, TrainingArguments
 
 from .data import collate_pairs, collate_sequences, collate_shared, encode_prompt, special_ids
-from .losses import PaperObjective
-from .model import local_or_hub, quantile_levels, shared_quantiles, shares_prompt
+from .losses import Objective, PaperObjective
+from .model import local_or_hub, quantile_levels, read_quantiles, shared_quantiles, shares_prompt
 
 # %% ../nbs/03_training.ipynb #cell-8
 class LengthSampler(Sampler):
@@ -67,14 +67,14 @@ def row_lengths(
 
 # %% ../nbs/03_training.ipynb #cell-18
 class PairTrainer(Trainer):
-    "`transformers.Trainer` on pairs from `encode_pairs`, for a model with N outputs and any objective of `[batch, N]` quantiles."
+    "`transformers.Trainer` on pairs from `encode_pairs`, for a model with N outputs and any objective."
     def __init__(self,
         model: PreTrainedModel, # a reward model
         args: TrainingArguments, # from `training_arguments`
         tokenizer, # its padding token pads the batches; saved with each checkpoint
         train: Dataset | None = None, # encoded pairs to train on
         valid: Dataset | None = None, # encoded pairs to choose the checkpoint by, or to score
-        objective: callable = PaperObjective(), # (chosen, rejected), each `[batch, N]`, to a scalar loss
+        objective: Objective = PaperObjective(), # what the outputs mean and what pairs cost
         shared: bool | None = None, # compute each prompt once; None: if that gives the same quantiles
     ):
         self.objective, self.watched, self.inner = objective, [], model
@@ -82,32 +82,33 @@ class PairTrainer(Trainer):
         self.shared = shares_prompt(model, tokenizer.pad_token_id, int(longest)) if shared is None else shared
         if shared is None and not self.shared: print(f"{type(model).__name__} does not compute the same when a prompt is shared: each prompt is computed twice.")
         def collate(rows):
-            if self.shared: return collate_shared([(r["prompt_ids"], [r["chosen_ids"], r["rejected_ids"]]) for r in rows], tokenizer.pad_token_id)
-            return collate_pairs(rows, tokenizer.pad_token_id)
+            batch = collate_shared([(r["prompt_ids"], [r["chosen_ids"], r["rejected_ids"]]) for r in rows], tokenizer.pad_token_id) if self.shared else collate_pairs(rows, tokenizer.pad_token_id)
+            return batch | (dict(share=torch.tensor([r["share"] for r in rows])) if "share" in rows[0] else {})
         super().__init__(model, args, train_dataset=train, eval_dataset=valid, processing_class=tokenizer, data_collator=collate,
-                         compute_metrics=lambda p: pair_metrics(torch.from_numpy(p.predictions)))
+                         compute_metrics=lambda p: pair_metrics(objective.quantiles(torch.from_numpy(p.predictions))))
         self.loss_is_scaled_for_ga = False
 
     def _get_train_sampler(self, train_dataset=None):
         return LengthSampler(row_lengths(self.train_dataset, self.shared), self.args.train_batch_size*self.args.world_size, self.args.seed, epoch=lambda: int(self.state.epoch or 0))
 
-    def quantiles(self, model, inputs) -> torch.Tensor:
-        "Quantiles of a batch of pairs, `[pairs, 2, N]`, chosen first."
+    def outputs(self, model, inputs) -> torch.Tensor:
+        "The model's outputs for a batch of pairs, `[pairs, 2, outputs]`, chosen first."
         if self.shared: return shared_quantiles(model, inputs, self.inner).float()
         return torch.stack(model(**inputs).logits.float().chunk(2), dim=1)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        quantiles = self.quantiles(model, inputs)
-        loss = self.objective(quantiles[:, 0], quantiles[:, 1])
+        share = inputs.pop("share", None)
+        outputs = self.outputs(model, inputs)
+        loss = self.objective(outputs[:, 0], outputs[:, 1], share)
         if not loss.isfinite():
             raise FloatingPointError(f"the loss is {loss.item()} at step {self.state.global_step}; lower learning_rate, or look for extreme values in the data or the objective.")
-        if model.training: self.watched.append(pair_metrics(quantiles.detach()))
-        return (loss, quantiles) if return_outputs else loss
+        if model.training: self.watched.append(pair_metrics(self.objective.quantiles(outputs.detach())))
+        return (loss, outputs) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss, quantiles = self.compute_loss(model, self._prepare_inputs(inputs), return_outputs=True)
-        return loss, quantiles, torch.zeros(len(quantiles), device=loss.device)     # Trainer computes metrics only where there are labels
+            loss, outputs = self.compute_loss(model, self._prepare_inputs(inputs), return_outputs=True)
+        return loss, outputs, torch.zeros(len(outputs), device=loss.device)     # Trainer computes metrics only where there are labels
 
     def log(self, logs, start_time=None):
         if "loss" in logs and self.watched:
@@ -135,7 +136,7 @@ def training_arguments(
         **dict(bf16=True, use_cpu=not torch.cuda.is_available()) if precision == "bfloat16" else {})
     return TrainingArguments(output_dir=str(folder), seed=seed, **defaults | kwargs)
 
-# %% ../nbs/03_training.ipynb #cell-24
+# %% ../nbs/03_training.ipynb #cell-27
 def last_checkpoint(
     folder: str | Path, # working folder of a Trainer
 ) -> str | None: # the newest checkpoint that was written to its end
@@ -146,7 +147,7 @@ def last_checkpoint(
     found = sorted((int(p.name.split("-")[1]), p) for p in Path(folder).glob("checkpoint-*") if whole(p))
     return str(found[-1][1]) if found else None
 
-# %% ../nbs/03_training.ipynb #cell-25
+# %% ../nbs/03_training.ipynb #cell-28
 def train_to(
     folder: str | Path, # where the finished checkpoint with its tokenizer goes
     make: callable, # makes the trainer, given its working folder
@@ -164,7 +165,7 @@ def train_to(
     shutil.rmtree(work, ignore_errors=True)
     return not finished
 
-# %% ../nbs/03_training.ipynb #cell-30
+# %% ../nbs/03_training.ipynb #cell-33
 def warm_up_trainer(
     name: str | Path, # folder or Hub id of the backbone
     tokenizer, # its tokenizer
@@ -182,7 +183,7 @@ def warm_up_trainer(
     trainer._get_train_sampler = lambda dataset=None: LengthSampler(lengths, args.train_batch_size*args.world_size, args.seed, epoch=lambda: int(trainer.state.epoch or 0))
     return trainer
 
-# %% ../nbs/03_training.ipynb #cell-34
+# %% ../nbs/03_training.ipynb #cell-37
 def score_pairs(
     model: PreTrainedModel, # a reward model
     tokenizer, # its tokenizer
@@ -196,10 +197,10 @@ def score_pairs(
     with TemporaryDirectory() as nothing_is_written:
         args = training_arguments(nothing_is_written, 1, per_device_eval_batch_size=batch_size, disable_tqdm=disable_tqdm)
         with torch.autocast(args.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-            quantiles = PairTrainer(model, args, tokenizer, valid=pairs).predict(pairs.select(order)).predictions
-    return quantiles[np.argsort(order)]
+            outputs = PairTrainer(model, args, tokenizer, valid=pairs).predict(pairs.select(order)).predictions
+    return read_quantiles(torch.from_numpy(outputs[np.argsort(order)]), model.config).numpy()
 
-# %% ../nbs/03_training.ipynb #cell-35
+# %% ../nbs/03_training.ipynb #cell-38
 def rewards_table(
     quantiles: np.ndarray, # `[pairs, 2, N]`, chosen first
     model: str, # `scalar` or `quantile`
@@ -211,7 +212,7 @@ def rewards_table(
     table = pd.DataFrame(dict(reward=quantiles.ravel()), index=index).reset_index()
     return table.assign(model=model, seed=seed)[["model", "seed", "pair", "side", "level", "reward"]]
 
-# %% ../nbs/03_training.ipynb #cell-39
+# %% ../nbs/03_training.ipynb #cell-42
 def score(
     model: PreTrainedModel, # a reward model
     tokenizer, # its tokenizer
@@ -236,4 +237,4 @@ def score(
             if shared: out = shared_quantiles(model, {k: v.to(model.device) for k, v in collate_shared([(start, [ids[i] for i in chunk])], tokenizer.pad_token_id).items()})[0]
             else: out = model(**{k: v.to(model.device) for k, v in collate_sequences([start + ids[i] for i in chunk], tokenizer.pad_token_id).items()}).logits
         for i, q in zip(chunk, out.float().cpu()): quantiles[i] = q
-    return torch.stack(quantiles)
+    return read_quantiles(torch.stack(quantiles), model.config)
