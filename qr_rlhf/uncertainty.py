@@ -63,7 +63,7 @@ def against_truth(
     inside = (true >= at_level(predicted, .1)[:, None]) & (true <= at_level(predicted, .9)[:, None])
     varies = ranges[0].std() > 1e-9
     return dict(spread_correlation=float(np.corrcoef(rankdata(ranges[0]), rankdata(ranges[1]))[0, 1]) if varies else 0.,
-                partial_spread_correlation=partial_correlation(*ranges, true_mean), spread_by_mean=float(explained(ranges[0], mean)) if varies else 0.,
+                partial_spread_correlation=partial_correlation(*ranges, true_mean) if varies else 0., spread_by_mean=float(explained(ranges[0], mean)) if varies else 0.,
                 scale_ratio=float(ranges[0].mean()/ranges[1].mean()), coverage=float(inside.mean()),
                 wasserstein=float(np.abs(own - reference).mean()), wasserstein_constant=float(np.abs(mean[:, None] + profile.mean(0) - reference).mean()), crossing=crossing)
 
