@@ -34,9 +34,9 @@ def partial_correlation(
 # %% ../nbs/04c_uncertainty.ipynb #cell-12
 def at_level(
     quantiles: np.ndarray, # `[..., N]` at the levels (2i+1)/2N
-    level: float, # between the lowest and the highest level
+    level: float, # in (0, 1)
 ) -> np.ndarray: # `[...]`
-    "Quantile at any level, interpolated between neighbouring levels."
+    "Quantile at any level, on straight lines through neighbouring levels."
     n = quantiles.shape[-1]
     low = int(np.clip(level*n - .5, 0, max(n - 2, 0)) + 1e-9)
     return quantiles[..., low] + (level*n - .5 - low)*(quantiles[..., min(low + 1, n - 1)] - quantiles[..., low])
@@ -48,7 +48,7 @@ def spread(
     return at_level(quantiles, .9) - at_level(quantiles, .1)
 
 def against_truth(
-    predicted: np.ndarray, # predicted quantiles `[n, N]`; N = 1 is a prediction without spread; read at ten levels if there are more
+    predicted: np.ndarray, # predicted quantiles `[n, N]`; N = 1 is a prediction without spread; read at ten levels
     true: np.ndarray, # true quantiles `[n, M]`, M of 50 or more
 ) -> dict[str, float]:
     """How predicted distributions agree with the true ones: `spread_correlation` (Spearman, of 10–90 % ranges), `partial_spread_correlation` (true mean held fixed),
@@ -57,7 +57,7 @@ def against_truth(
     crossing = float((np.diff(predicted) < 0).mean()) if predicted.shape[-1] > 1 else 0.
     predicted = np.sort(predicted - predicted.mean() + true.mean(), axis=-1)
     mean, true_mean = predicted.mean(-1), true.mean(-1)
-    ten = lambda q: np.stack([at_level(q, (2*i + 1)/20) for i in range(10)], -1) if q.shape[-1] >= 10 else q
+    ten = lambda q: np.stack([at_level(q, (2*i + 1)/20) for i in range(10)], -1)
     own, reference = ten(predicted), ten(true)
     profile, ranges = reference - true_mean[:, None], (spread(own), spread(reference))
     inside = (true >= at_level(predicted, .1)[:, None]) & (true <= at_level(predicted, .9)[:, None])

@@ -54,4 +54,26 @@ def truth_table(*names):
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
+def throughput_table(name):
+    "Pairs per second of three ways to train."
+    r = results(name)
+    rows = [["training pairs per second (median of rounds)", "float32", "bfloat16"], ["---"]*3]
+    rows += [[label, *(f"{r[k][d]:.2f}" for d in ("float32", "bfloat16"))] for k, label in (("trl", f"TRL {r['trl_version']} RewardTrainer"), ("padded", "ours, plain batch"), ("shared", "ours, shared prompt"))]
+    rows.append(["**shared prompt over TRL**", *(f"**{r['ratio'][d]:.1f}×**" for d in ("float32", "bfloat16"))])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def calibration_table(name, pairs):
+    "What each objective learns of spread where the truth is known, a row an objective."
+    r = results(name)
+    rows = [["world", "objective", "rank correlation with the true spread, each seed", "predicted over true range", "log-loss above the best possible, 10⁻⁴ nats"]]
+    rows.append(["---"]*len(rows[0]))
+    mean = lambda values: sum(values)/len(values)
+    for world, objectives in r["worlds"].items():
+        for k in ("scalar × 4", "label QR", "free", "PURM", "distributional"):
+            m, bold = objectives[k][str(pairs)], "**" if k == "distributional" else ""
+            rows.append([world, f"{bold}{k}{bold}", "  ".join(f"{v:.2f}" for v in m["spread_correlation"]), f"{mean(m['scale_ratio']):.2f}", f"{1e4*mean(m['nll_gap']):.0f}"])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
 if __name__ == "__main__": (ROOT/"README.md").write_text(readme(), encoding="utf-8")

@@ -103,11 +103,34 @@ def test_report(demo):
     assert "6.779" in (demo.folder/"runs"/"table1.md").read_text()
 
 
+def test_distributional_objective(demo):
+    done = demo.papermill("run", "runs/distributional.ipynb", workload="harmless", name="distributional", objective="distributional", **SMALL)
+    assert done.returncode == 0, done.stderr
+    results, rewards = demo.results("distributional"), pd.read_parquet(demo.folder/"runs"/"distributional"/"rewards.parquet")
+    assert results["objective"]["name"] == "distributional" and results["models"]["quantile"]["crossing_rate"] == 0 and len(results["spread_by_mean"]) == 1
+    stock = AutoModelForSequenceClassification.from_pretrained(demo.folder/"runs"/"distributional"/"quantile"/"seed0")
+    assert stock.config.num_labels == 2 and stock.config.quantile_family == "normal" and rewards[rewards.model == "quantile"].level.nunique() == len(stock.config.quantile_levels) == 10
+    scalar = [pd.read_parquet(demo.folder/"runs"/name/"rewards.parquet").query("model == 'scalar'").reward.to_numpy() for name in ("harmless", "distributional")]
+    assert np.array_equal(*scalar)      # the scalar model knows nothing of the other's objective
+
+
+def test_calibration_study(project):
+    done = project.papermill("studies/calibration", "runs/calibration.ipynb", pairs=600, curve=300, seeds="0,1", epochs=1, n_test=100)
+    assert done.returncode == 0, done.stderr
+    worlds = project.results("calibration")["worlds"]
+    assert set(worlds) == {"bimodal", "skewed"} and set(worlds["skewed"]["distributional"]) == {"300", "600"} and set(worlds["skewed"]["PURM"]) == {"600"}
+    found = worlds["bimodal"]["distributional"]["600"]
+    assert all(len(found[k]) == 2 for k in ("nll_gap", "spread_correlation", "partial_spread_correlation", "scale_ratio", "coverage", "wasserstein")) and min(found["nll_gap"]) > 0
+    assert (project.folder/"runs"/"calibration"/"identification.png").stat().st_size > 1000
+    assert "-p votes" in error(project.papermill("studies/annotators"))
+
+
 def test_bad_input_is_one_sentence(project):
     start = time.time()
     message = error(project.papermill("run", profile="paper", workload="helpful", name="offline"))
     assert time.time() - start < 30 and re.match(r"ValueError: data: 'Anthropic/hh-rlhf' .* can't be had from the Hub .*; check the id and the network, or give a local folder", message)
     assert "choose one of helpful, harmless" in error(project.papermill("run", workload="helpfull"))
+    assert "choose one of paper, distributional" in error(project.papermill("run", workload="helpful", name="other", objective="both"))
     (project.folder/"bad"/"helpful-base").mkdir(parents=True)
     (project.folder/"bad"/"helpful-base"/"train.jsonl").write_text('{"chosen": "\\n\\nHuman: a\\n\\nAssistant: b", "rejected": 3}\n')
     assert "train.jsonl, line 1: the field 'rejected' is of type int" in error(project.papermill("run", workload="helpful", data="bad"))
