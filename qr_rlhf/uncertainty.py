@@ -67,7 +67,7 @@ def against_truth(
                 scale_ratio=float(ranges[0].mean()/ranges[1].mean()), coverage=float(inside.mean()),
                 wasserstein=float(np.abs(own - reference).mean()), wasserstein_constant=float(np.abs(mean[:, None] + profile.mean(0) - reference).mean()), crossing=crossing)
 
-# %% ../nbs/04c_uncertainty.ipynb #cell-16
+# %% ../nbs/04c_uncertainty.ipynb #cell-17
 def risk_coverage(
     certainty: np.ndarray, # of each pair `[n]`; higher is more certain
     correct: np.ndarray, # 1 where the pair was ranked right, 0 where wrong, ½ for a tie `[n]`
@@ -77,7 +77,7 @@ def risk_coverage(
     order = np.argsort(-np.asarray(certainty), kind="stable")
     return pd.Series({round(float(s), 3): float(np.asarray(correct, float)[order[:max(1, round(s*len(order)))]].mean()) for s in shares})
 
-# %% ../nbs/04c_uncertainty.ipynb #cell-20
+# %% ../nbs/04c_uncertainty.ipynb #cell-21
 def conformal_verdicts(
     calibration: np.ndarray, # probability that the model gave to the preferred response, on pairs set aside `[n]`
     first: np.ndarray, # probability that the first response is preferred, on new pairs `[m]`
