@@ -164,14 +164,14 @@ def load_reward_model(
     n: int, # number of outputs: 1 for a scalar model, 10 for the paper's quantiles
     seed: int = 0, # of the new head's weights
     dropout: float | None = None, # of every dropout layer; None keeps the backbone's own
-    family: str | None = None, # None: the outputs are the quantiles; `normal`: two outputs, μ and log s; `free`: the quantiles in any order
+    family: str | None = None, # None: as the checkpoint says, or else the outputs are the quantiles; `normal`: two outputs, μ and log s; `free`: the quantiles in any order
 ) -> PreTrainedModel: # an `AutoModelForSequenceClassification`
     "Load a backbone with a head of n outputs; raises `ValueError` if it can't be had, or has no dropout layer to set."
     set_seed(seed)
     model = local_or_hub(AutoModelForSequenceClassification.from_pretrained, name, num_labels=2 if family == "normal" else n, use_safetensors=True)
     if len(tokenizer) > model.get_input_embeddings().num_embeddings: model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     model.config.get_text_config().pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
-    model.config.quantile_levels, model.config.quantile_family = quantile_levels(n), family
+    model.config.quantile_levels, model.config.quantile_family = quantile_levels(n), family or getattr(model.config, "quantile_family", None)
     if dropout is not None:
         layers = [m for m in model.modules() if isinstance(m, torch.nn.Dropout)]
         if dropout and not layers: raise ValueError(f"dropout: {type(model).__name__} has no dropout layers; leave dropout out.")
