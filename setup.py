@@ -22,7 +22,7 @@ setup(
     packages=find_packages(include=["qr_rlhf"]),
     python_requires=f">={settings['min_python']}",
     install_requires=settings["requirements"].split(),
-    extras_require={extra: settings[f"{extra}_requirements"].split() for extra in ("dev", "bench")},
+    extras_require={extra: settings[f"{extra}_requirements"].split() for extra in ("dev", "bench", "policy", "peft")},
     entry_points={"nbdev": ["qr_rlhf=qr_rlhf._modidx:d"]},
     zip_safe=False,
 )
