@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from .data import special_ids
 from .model import RewardDistribution, cvar_weights, read_quantiles, to_scalar
@@ -95,7 +95,8 @@ def ending_tokenizer(
     state["normalizer"] = dict(type="Sequence", normalizers=([state["normalizer"]] if state["normalizer"] else []) + replace)
     for token in state["added_tokens"]: token["normalized"] = token["normalized"] or token["id"] in before + after      # or else they are looked for before they are written
     if before or len(tokenizer("a")["input_ids"]) > len(tokenizer("a", add_special_tokens=False)["input_ids"]): state["post_processor"] = None
-    copy = type(tokenizer)(tokenizer_object=Tokenizer.from_str(json.dumps(state)), **{k: v for k, v in tokenizer.init_kwargs.items() if k not in ("tokenizer_object", "tokenizer_file", "vocab", "merges")})
+    kept = {k: tokenizer.init_kwargs[k] for k in ("model_max_length", "padding_side", "truncation_side", "model_input_names", "clean_up_tokenization_spaces") if k in tokenizer.init_kwargs}
+    copy = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)), chat_template=tokenizer.chat_template, **tokenizer.special_tokens_map, **kept)
     for text in ("Hello, world!", "\n\nHuman: Why?\n\nAssistant: Because.\n", "naïve 北京 <b>"):
         wanted = before + tokenizer(text, add_special_tokens=False)["input_ids"] + after
         if not copy(text)["input_ids"] == copy(text, add_special_tokens=False)["input_ids"] == wanted: raise ValueError(f"tokenizer: {tokenizer.name_or_path or type(tokenizer).__name__} can't be made to end a text by itself; export the model with its own tokenizer, and append {tokenizer.eos_token!r} to every text.")
