@@ -106,8 +106,9 @@ def local_or_hub(
     **kwargs, # passed on
 ):
     "Call `from_pretrained` on a folder, the cache, or the Hub; raises `ValueError` within seconds if none of them has it."
-    folder = root_path(name)
-    try: return load(folder if folder.is_dir() else str(name), local_files_only=True, **kwargs)
+    folder, alone = root_path(name), dict(local_files_only=True)
+    if hasattr(getattr(load, "__self__", None), "_model_mapping"): alone["adapter_kwargs"] = dict(alone)      # where peft is installed, a model's adapter is looked for too
+    try: return load(folder if folder.is_dir() else str(name), **alone, **kwargs)
     except (OSError, ValueError, RuntimeError) as error: problem = str(error).strip().splitlines()[0][:200]
     if folder.is_dir(): raise ValueError(f"backbone: {folder} can't be loaded ({problem}); give a folder with a model and its tokenizer, weights as safetensors.") from None
     try:
@@ -165,10 +166,11 @@ def load_reward_model(
     seed: int = 0, # of the new head's weights
     dropout: float | None = None, # of every dropout layer; None keeps the backbone's own
     family: str | None = None, # None: as the checkpoint says, or else the outputs are the quantiles; `normal`: two outputs, μ and log s; `free`: the quantiles in any order
+    **kwargs, # passed to `from_pretrained`, such as `dtype` (float32 when nothing is said: small steps vanish in weights of 16 bits) or `device_map`
 ) -> PreTrainedModel: # an `AutoModelForSequenceClassification`
     "Load a backbone with a head of n outputs; raises `ValueError` if it can't be had, or has no dropout layer to set."
     set_seed(seed)
-    model = local_or_hub(AutoModelForSequenceClassification.from_pretrained, name, num_labels=2 if family == "normal" else n, use_safetensors=True)
+    model = local_or_hub(AutoModelForSequenceClassification.from_pretrained, name, num_labels=2 if family == "normal" else n, use_safetensors=True, **dict(dtype=torch.float32) | kwargs)
     if len(tokenizer) > model.get_input_embeddings().num_embeddings: model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     model.config.get_text_config().pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
     model.config.quantile_levels, model.config.quantile_family = quantile_levels(n), family or getattr(model.config, "quantile_family", None)

@@ -44,6 +44,9 @@ class Settings:
     lr_scheduler_type: str # name in `transformers.SchedulerType`
     warmup_steps: int # steps of rising learning rate
     precision: str # what the backbone computes in: `float32` or `bfloat16`
+    lora_rank: int | None # rank of a LoRA adapter (chapter 3c), for a large backbone; None: train all weights
+    load_in_4bit: bool | None # with lora_rank: hold the frozen backbone in 4 bits (QLoRA)
+    gradient_checkpointing: bool | None # compute activations again in the backward pass, to save memory
     evaluations: int # how often to evaluate on the validation pairs while training; the best checkpoint is kept
     n_quantiles: int # quantiles of the quantile model, N
     objective: str # of the quantile model: `paper` or `distributional`
@@ -74,7 +77,7 @@ PROFILES = dict(
     paper=dict(data="Anthropic/hh-rlhf", n_train=None, n_eval=None, max_length=1024, backbone="openai-community/gpt2", warm_up_epochs=0., seeds=[0, 1, 2], epochs=1.,
                batch_size=8, learning_rate=5e-6, lr_scheduler_type="inverse_sqrt", warmup_steps=500, evaluations=20),
 )
-COMMON = dict(subsets=None, judges="independent", vocab_size=1500, n_layer=2, n_embd=128, n_head=4, warm_up_learning_rate=2e-3, dropout=None, precision="float32",
+COMMON = dict(subsets=None, judges="independent", vocab_size=1500, n_layer=2, n_embd=128, n_head=4, warm_up_learning_rate=2e-3, dropout=None, precision="float32", lora_rank=None, load_in_4bit=None, gradient_checkpointing=None,
               n_quantiles=10, objective="paper", shape=DistributionalObjective.shape, pool=DistributionalObjective.pool, **dataclasses.asdict(PaperObjective()))
 
 # %% ../nbs/03b_runs.ipynb #cell-10
@@ -91,6 +94,9 @@ def read_value(
             read = [int(i) if "int" in kind else str(i) for i in items]
             if not read or "" in read or len(set(read)) < len(read): raise ValueError
             return read
+        if kind.startswith("bool"):
+            if text.lower() not in ("true", "false", "1", "0"): raise ValueError
+            return text.lower() in ("true", "1")
         if kind.startswith("int"):
             if float(text) != int(float(text)): raise ValueError
             return int(float(text))
@@ -112,12 +118,13 @@ def make_settings(
     said = {k: v for k, v in given.items() if v is not None}
     settings = Settings(**{k: read_value(fields[k], v) for k, v in {**COMMON, **PROFILES[profile], **said, "profile": profile}.items()})
     if settings.workload not in WORKLOADS: raise ValueError(f"workload: {settings.workload!r} is unknown; choose one of {', '.join(WORKLOADS)}.")
-    least = dict(n_train=1, n_eval=12, max_length=8, vocab_size=258, n_layer=1, n_embd=1, n_head=1, epochs=1e-9, batch_size=1, learning_rate=1e-12, evaluations=1, n_quantiles=2, warmup_steps=0, warm_up_epochs=0)
+    least = dict(n_train=1, n_eval=12, max_length=8, vocab_size=258, n_layer=1, n_embd=1, n_head=1, epochs=1e-9, batch_size=1, lora_rank=1, learning_rate=1e-12, evaluations=1, n_quantiles=2, warmup_steps=0, warm_up_epochs=0)
     for name, low in least.items():
         if (value := getattr(settings, name)) is not None and value < low: raise ValueError(f"{name}: {value} is too small; the least is {low:g}.")
     if settings.n_embd % settings.n_head: raise ValueError(f"n_embd: {settings.n_embd} is no multiple of n_head, {settings.n_head}; change one of them.")
     if settings.lr_scheduler_type not in (known := [s.value for s in SchedulerType]): raise ValueError(f"lr_scheduler_type: {settings.lr_scheduler_type!r} is unknown; choose one of {', '.join(known)}.")
     if settings.precision not in ("float32", "bfloat16"): raise ValueError(f"precision: {settings.precision!r} is unknown; choose one of float32, bfloat16.")
+    if settings.load_in_4bit and not settings.lora_rank: raise ValueError("load_in_4bit: weights in 4 bits can't be trained; give lora_rank too, such as 16.")
     settings.make_objective()
     return settings
 

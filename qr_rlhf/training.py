@@ -151,6 +151,7 @@ def last_checkpoint(
 def train_to(
     folder: str | Path, # where the finished checkpoint with its tokenizer goes
     make: callable, # makes the trainer, given its working folder
+    finish: callable = lambda model, folder: None, # what is still to be done to the finished checkpoint, before it appears
 ) -> bool: # whether it was trained now (or else taken up as finished)
     "Train, or resume, or take up what is finished; the folder appears whole or not at all."
     folder = Path(folder)
@@ -159,9 +160,12 @@ def train_to(
         trainer = make(work)
         trainer.train(resume_from_checkpoint=last_checkpoint(work))
         trainer.save_model(str(work/"finished"))
-        (work/"finished"/"training_args.bin").unlink(missing_ok=True)      # a pickle; the run's settings are kept as text
-        (work/"finished"/"log.json").write_text(json.dumps(trainer.state.log_history))
-        (work/"finished").rename(folder)
+        if trainer.is_world_process_zero():
+            (work/"finished"/"training_args.bin").unlink(missing_ok=True)      # a pickle; the run's settings are kept as text
+            (work/"finished"/"log.json").write_text(json.dumps(trainer.state.log_history))
+            finish(trainer.model, work/"finished")
+            (work/"finished").rename(folder)
+        trainer.accelerator.wait_for_everyone()
     shutil.rmtree(work, ignore_errors=True)
     return not finished
 
