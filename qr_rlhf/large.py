@@ -77,7 +77,8 @@ def trainable_model(
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     model = load_reward_model(name, tokenizer, n, seed, dropout, family, dtype=dtype, **dict(quantization_config=four_bits(dtype)) if load_in_4bit else {})
     model = add_adapter(model, lora_rank)
-    model.peft_config["default"].base_model_name_or_path = str(name)
+    model.peft_config["default"].base_model_name_or_path = str(root_path(name) if root_path(name).is_dir() else name)
+    model.save_pretrained = partial(model.save_pretrained, save_embedding_layers=False)      # the only row that may have been added to them is padding's
     return model
 
 # %% ../nbs/03c_large.ipynb #cell-15
@@ -123,6 +124,8 @@ def keep_adapter(
     folder = Path(folder)
     (folder/"adapter").mkdir(exist_ok=True)
     for path in [*folder.glob("adapter_*"), *folder.glob("README.md")]: path.replace(folder/"adapter"/path.name)
+    settings, base = folder/"adapter"/"adapter_config.json", Path(model.peft_config["default"].base_model_name_or_path)
+    if base.is_relative_to(root_path(".")): settings.write_text(json.dumps(json.loads(settings.read_text()) | dict(base_model_name_or_path=str(base.relative_to(root_path(".")))), indent=2))
     model.config.save_pretrained(folder/"adapter")
     tokenizer = load_tokenizer(folder.resolve())
     tokenizer.save_pretrained(folder/"adapter")

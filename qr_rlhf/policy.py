@@ -16,6 +16,7 @@ import torch
 from tokenizers import Tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from .cards import export_card, write_card
 from .data import special_ids
 from .model import RewardDistribution, cvar_weights, read_quantiles, to_scalar
 from .training import score
@@ -134,4 +135,5 @@ def export_reward_model(
     scalar.save_pretrained(folder); ending.save_pretrained(folder)
     settings = Path(folder)/"tokenizer_config.json"
     settings.write_text(json.dumps(json.loads(settings.read_text()) | dict(tokenizer_class="PreTrainedTokenizerFast"), indent=2))      # older versions know it by that name
+    write_card(folder, export_card(scalar.config, model.name_or_path))
     return scalar
