@@ -124,6 +124,8 @@ def keep_adapter(
     folder = Path(folder)
     (folder/"adapter").mkdir(exist_ok=True)
     for path in [*folder.glob("adapter_*"), *folder.glob("README.md")]: path.replace(folder/"adapter"/path.name)
+    with safe_open(folder/"adapter"/"adapter_model.safetensors", "pt") as f:
+        if not any("lora_" in k for k in f.keys()): raise ValueError(f"{folder}: the saved adapter holds no LoRA weights; train it in another way of distribution.")
     settings, base = folder/"adapter"/"adapter_config.json", Path(model.peft_config["default"].base_model_name_or_path)
     if base.is_relative_to(root_path(".")): settings.write_text(json.dumps(json.loads(settings.read_text()) | dict(base_model_name_or_path=str(base.relative_to(root_path(".")))), indent=2))
     model.config.save_pretrained(folder/"adapter")
@@ -194,9 +196,8 @@ def reward_trainer(
 ) -> PairTrainer:
     "Make the trainer of one reward model of a run."
     n, objective, family = (1, PaperObjective(target="none"), None) if model == "scalar" else (settings.n_quantiles, settings.make_objective(), settings.family())
-    sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"
-    if sharded and settings.load_in_4bit: raise ValueError("load_in_4bit: weights in 4 bits are not shared out over processes here; leave it out, or train in one process.")
-    loaded = trainable_model(start, tokenizer, n, seed, settings.dropout, family, settings.lora_rank, settings.load_in_4bit, "float32" if sharded else settings.precision)
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and settings.lora_rank: raise ValueError("lora_rank: adapters are not trained under FSDP here; launch without --config_file, so that each device holds the frozen backbone, or leave lora_rank out.")
+    loaded = trainable_model(start, tokenizer, n, seed, settings.dropout, family, settings.lora_rank, settings.load_in_4bit, settings.precision)
     return PairTrainer(loaded, run_arguments(work, settings, len(train), settings.epochs, seed=seed, learning_rate=settings.learning_rate), tokenizer, train, valid, objective)
 
 # %% ../nbs/03c_large.ipynb #cell-36
