@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ENDINGS', 'WORKLOADS', 'read_bytes', 'read_json', 'read_file', 'root_path', 'in_hh_layout', 'subset_file',
            'folder_splits', 'choose_split', 'unreachable', 'hub_layout', 'hub_file', 'cached_dataset', 'hub_rows',
-           'find_rows']
+           'find_rows', 'name_workload']
 
 # %% ../nbs/00b_sources.ipynb #cell-3
 import gzip, json, re, zlib
@@ -200,3 +200,11 @@ def find_rows(
     found = folder_splits(path) if path.is_dir() else {path.name.split(".")[0]: [path]}
     name, cut = choose_split(list(found), split, splits, str(path))
     return [row for file in found[name] for row in read_file(file)], cut
+
+# %% ../nbs/00b_sources.ipynb #cell-31
+def name_workload(
+    data: str, # `synthetic` for the embedded world; or a file, a folder, or the id of a dataset on the Hub
+) -> str: # `helpful` where there are workloads, else the name of the file, folder or dataset
+    "What the workload is called when nothing is said."
+    path = root_path(data)
+    return "helpful" if data in ("synthetic", "Anthropic/hh-rlhf") or path.is_dir() and in_hh_layout(path) else path.name.split(".")[0]
