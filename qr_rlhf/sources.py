@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ENDINGS', 'WORKLOADS', 'read_bytes', 'read_json', 'read_file', 'root_path', 'in_hh_layout', 'subset_file',
-           'folder_splits', 'choose_split', 'unreachable', 'hub_layout', 'hub_file', 'cached_dataset', 'hub_rows',
+           'folder_splits', 'choose_split', 'unreachable', 'cached_dataset', 'hub_layout', 'hub_file', 'hub_rows',
            'find_rows', 'name_workload']
 
 # %% ../nbs/00b_sources.ipynb #cell-3
@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import load_dataset
 from datasets.packaged_modules.cache.cache import Cache
+from datasets.utils.logging import get_verbosity, set_verbosity, set_verbosity_error
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -124,15 +125,27 @@ def unreachable(
     "Say in one sentence that something can't be had from the Hub."
     return ValueError(f"data: '{repo}' ({what}) can't be had from the Hub ({type(error).__name__}); check the id and the network, or give a local folder or file instead.")
 
+def cached_dataset(
+    repo: str, # id of a dataset on the Hub
+    config: str | None, # one of its configurations; None: it has but the one called `default`
+) -> dict | None: # its tables by split, or None
+    "What `load_dataset` made of a dataset before."
+    verbosity = get_verbosity()
+    set_verbosity_error()       # it would say each time how old the cache is
+    try: return Cache(dataset_name=repo.split("/")[-1], repo_id=repo, version="auto", hash="auto", config_name=config or "default").as_dataset()
+    except (ValueError, OSError): return None
+    finally: set_verbosity(verbosity)
+
 def hub_layout(
     repo: str, # id of a dataset on the Hub
+    configs: list[str | None], # which of its configurations are wanted
 ) -> bool: # whether it is in HH-RLHF's layout
     "Look a dataset up, first in the cache; raises `ValueError` within seconds if it can't be had."
     try: cached = Path(snapshot_download(repo, repo_type="dataset", local_files_only=True))
     except HFValidationError: raise ValueError(f"data: '{repo}' is neither a file nor a folder nor the id of a dataset on the Hub, such as 'Anthropic/hh-rlhf'.") from None
     except (LocalEntryNotFoundError, OSError): cached = None
-    if cached and in_hh_layout(cached): return True
-    if cached_dataset(repo, None): return False
+    if cached and any(path.parent.name != "data" for split in ("train", "test") for path in cached.glob(f"*/{split}.jsonl.gz")): return True
+    if all(cached_dataset(repo, config) for config in configs): return False
     try: files = HfApi().dataset_info(repo, timeout=5).siblings
     except Exception as error: raise unreachable(repo, error) from None
     return any(re.fullmatch(r"(?!data/)[^/]+/(train|test)\.jsonl\.gz", f.rfilename) for f in files)
@@ -152,17 +165,9 @@ def hub_file(
     except Exception as error: raise unreachable(repo, error, name) from None
 
 # %% ../nbs/00b_sources.ipynb #cell-28
-def cached_dataset(
-    repo: str, # id of a dataset on the Hub
-    config: str | None, # one of its configurations; None: its only one
-) -> dict | None: # its tables by split, or None
-    "What `load_dataset` made of a dataset before."
-    try: return Cache(dataset_name=repo.split("/")[-1], repo_id=repo, version="auto", hash="auto", config_name=config).as_dataset()
-    except (ValueError, OSError): return None
-
 def hub_rows(
     repo: str, # id of a dataset on the Hub
-    config: str | None, # one of its configurations; None: its only one
+    config: str | None, # one of its configurations; None: it has but one
     split: str, # `train` or `test`
     splits: list[str] | None, # as `choose_split` takes them
 ) -> tuple[list[tuple[str, dict]], bool]: # rows with their places; whether they must be cut in two
@@ -188,7 +193,7 @@ def find_rows(
     hub = not path.exists()
     if hub and (Path(data).is_absolute() or str(data).startswith((".", "~")) or str(data).lower().endswith(ENDINGS)):
         raise ValueError(f"data: there is no file or folder {path}; relative paths count from the repository root.")
-    if hub_layout(str(data)) if hub else path.is_dir() and in_hh_layout(path):
+    if hub_layout(str(data), subsets or [None]) if hub else path.is_dir() and in_hh_layout(path):
         if not names: raise ValueError(f"workload: {workload!r} is unknown; choose one of {', '.join(WORKLOADS)}, or name subsets of {data}.")
         if splits: raise ValueError(f"splits: {data} is in HH-RLHF's layout, which has train and test; leave splits out.")
         files = [hub_file(str(data), f"{subset}/{split}.jsonl.gz") if hub else subset_file(path, subset, split) for subset in names]
