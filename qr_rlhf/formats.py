@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MARKERS', 'TURN', 'OPEN', 'split_turns', 'messages_to_text', 'system_text', 'text_to_messages', 'Unusable',
-           'check_text', 'read_message', 'read_messages', 'read_prompt', 'begins_with', 'read_side', 'read_row']
+           'check_text', 'read_message', 'read_messages', 'check_dialogue', 'read_prompt', 'begins_with', 'read_side',
+           'read_row']
 
 # %% ../nbs/00a_formats.ipynb #cell-3
 import re
@@ -89,6 +90,15 @@ def read_messages(
 # %% ../nbs/00a_formats.ipynb #cell-21
 OPEN = re.compile(MARKERS["assistant"] + r"\s*\Z")
 
+def check_dialogue(
+    text: object, # what should be a string
+    where: str, # file and line, for the error
+    what: str, # which field it is
+) -> str:
+    "Return a string unchanged, as `check_text` does; raises `ValueError` too if its first turn lacks the two line breaks of a marker, which would make it a system text."
+    if re.match(r"\s*(Human|Assistant):", system_text(check_text(text, where, what))): raise ValueError(f"{where}: {what} starts with {text.lstrip()[:10]!r} but not with two line breaks before it, as turns in HH-RLHF's form do; put them there.")
+    return text
+
 def read_prompt(
     prompt: object, # a row's prompt, or None
     where: str, # file and line, for the error
@@ -98,7 +108,7 @@ def read_prompt(
     if prompt == [] or isinstance(prompt, str) and not prompt.strip(): return ""
     if isinstance(prompt, list): text = read_messages(prompt, f"{where}: prompt")
     else:
-        text = check_text(prompt, where, "the field 'prompt'")
+        text = check_dialogue(prompt, where, "the field 'prompt'")
         text = OPEN.sub("", text) if TURN.search(text) else messages_to_text([dict(role="user", content=text)])
     if split_turns(text)[-1].startswith(MARKERS["assistant"]):
         raise ValueError(f"{where}: the prompt ends with words of the assistant, which a reply can't go on with; move them to the start of 'chosen' and 'rejected'.")
@@ -127,7 +137,7 @@ def read_side(
         if not is_whole and prompt == "": raise Unusable("empty")
         if not is_whole and not prompt: raise ValueError(f"{where} starts with the assistant's message and there is no prompt; give a field 'prompt', or put the user's message first.")
     else:
-        text = check_text(side, where, "the field")
+        text = check_dialogue(side, where, "the text")
         if prompt == "" and not TURN.search(text): raise Unusable("empty")
         if not prompt and not TURN.search(text):
             raise ValueError(f"{where} has no turn that starts with '\\n\\nHuman:' or '\\n\\nAssistant:', as HH-RLHF's text does, and there is no prompt; give a field 'prompt', or write whole dialogues.")

@@ -1,13 +1,15 @@
 "Other people's files, formats and tokenizers: the same words give the same table, ids and rewards."
 import gzip, json
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import torch
 from conftest import SMALL, error
-from datasets import disable_progress_bars
+from datasets import Dataset, DatasetDict, disable_progress_bars
 from transformers import AutoModelForSequenceClassification
 
+from qr_rlhf import sources
 from qr_rlhf.data import data_hash, encode_pairs, load_pairs
 from qr_rlhf.formats import text_to_messages
 from qr_rlhf.model import load_reward_model, load_tokenizer, tiny_gpt2, train_tokenizer
@@ -158,6 +160,28 @@ def test_what_cannot_be_used_is_counted(rows, tmp_path):
         assert len(pairs) + sum(dropped.values()) == len(good) + len(bad)
         dropped.pop("other_part")
         assert dropped == dict(tool_use=1, not_text=1, equal=1, turn_marker=1, no_reply=1, empty=1, prompt_differs=1, system_inside=1)
+
+
+def test_a_dataset_on_the_hub(rows, tmp_path, monkeypatch):
+    "What the Hub would answer is made up here: a dataset with splits of its own names, and one in HH-RLHF's layout."
+    chats = [in_chat(row) for row in rows]
+    tables = dict(train_prefs=chats[:20], test_prefs=chats[20:32], train_sft=chats[32:34])
+    files = {"me/prefs": ["data/train_prefs.parquet"], "me/hh": ["helpful-base/train.jsonl.gz"]}
+    class Answers:
+        def dataset_info(self, repo, timeout): return SimpleNamespace(siblings=[SimpleNamespace(rfilename=f) for f in files[repo]])
+    monkeypatch.setattr(sources, "HfApi", Answers)
+    monkeypatch.setattr(sources, "load_dataset", lambda repo, config: DatasetDict({k: Dataset.from_list(v) for k, v in tables.items()}))
+    monkeypatch.setattr(sources, "hub_file", lambda repo, name: write(tmp_path/name.replace("/", "-"), rows[:20]))
+    with pytest.raises(ValueError, match="'me/prefs' has train_prefs, test_prefs, train_sft, not both train and test; name two of them.*-p splits train_prefs,test_prefs"): load_pairs("me/prefs", "mine", "train")
+    train, test = (load_pairs("me/prefs", "mine", split, splits=["train_prefs", "test_prefs"])[0] for split in ("train", "test"))
+    assert len(train) == 20 and len(test) == 12
+    (tmp_path/"hh").mkdir(); write(tmp_path/"hh"/"train.jsonl", rows[:20]); write(tmp_path/"hh"/"test.json", rows[20:32])
+    assert train.to_list() == load(tmp_path/"hh")[0][0].to_list() and test.to_list() == load(tmp_path/"hh")[1][0].to_list()
+    assert len(load_pairs("me/hh", "helpful", "train")[0]) == 20
+    tables["train_prefs"][3] = dict(chats[3], prompt=None)
+    with pytest.raises(ValueError, match=r"'me/prefs' \(train_prefs\), row 4: chosen starts with the assistant's message"): load_pairs("me/prefs", "mine", "train", splits=["train_prefs"])
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="'me/nowhere' .* can't be had from the Hub .*; check the id and the network, or give a local folder or file"): load_pairs("me/nowhere", "mine", "train")
 
 
 def test_run_on_a_file_of_ones_own(project):
