@@ -127,7 +127,7 @@ def begins_with(
 def read_side(
     side: object, # a row's chosen or rejected
     prompt: str | None, # from `read_prompt`
-    plain: bool, # whether the file's prompt was a string without turns, so that its replies are too
+    plain: bool, # whether the file's prompt was messages, or a string without turns: replies that are strings are then plain words
     where: str, # file, line and field, for the error
 ) -> str: # the whole dialogue in HH-RLHF's form
     "Write one side of a pair as a whole dialogue; raises `ValueError` for what is none, `Unusable` where it contradicts the prompt."
@@ -137,11 +137,11 @@ def read_side(
         if not is_whole and prompt == "": raise Unusable("empty")
         if not is_whole and not prompt: raise ValueError(f"{where} starts with the assistant's message and there is no prompt; give a field 'prompt', or put the user's message first.")
     else:
-        text = check_dialogue(side, where, "the text")
+        text = (check_text if prompt else check_dialogue)(side, where, "the text")
         if prompt == "" and not TURN.search(text): raise Unusable("empty")
         if not prompt and not TURN.search(text):
             raise ValueError(f"{where} has no turn that starts with '\\n\\nHuman:' or '\\n\\nAssistant:', as HH-RLHF's text does, and there is no prompt; give a field 'prompt', or write whole dialogues.")
-        is_whole = not prompt or begins_with(text, prompt)
+        is_whole = not prompt or system_text(text) == system_text(prompt) and begins_with(text, prompt)
         if not is_whole:
             if plain and TURN.search(text): raise Unusable("turn_marker")
             text = MARKERS["assistant"] + ("" if text[:1].isspace() and not plain else " ") + text
@@ -165,6 +165,6 @@ def read_row(
         share = dict(share=float(row["share"]))
     try:
         prompt = read_prompt(row.get("prompt"), where)
-        plain = isinstance(row.get("prompt"), str) and not TURN.search(row["prompt"])
+        plain = not isinstance(row.get("prompt"), str) or not TURN.search(row["prompt"])
         return {side: read_side(row[side], prompt, plain, f"{where}: {side}") for side in ("chosen", "rejected")} | share
     except Unusable as reason: return str(reason)
