@@ -206,14 +206,14 @@ def launch(
 ) -> Path: # the run's folder
     "Train a run's reward models in however many processes this was started; raises `ValueError` for what only `run.ipynb` does."
     parser = argparse.ArgumentParser("accelerate launch -m qr_rlhf.large", description="Train the reward models of a run; the options are the parameters of nbs/run.ipynb.")
-    for field in ["name", *(f.name for f in dataclasses.fields(Settings))]: parser.add_argument(f"--{field}", default=dict(profile="paper", workload="helpful").get(field))
+    for field in ["name", *(f.name for f in dataclasses.fields(Settings))]: parser.add_argument(f"--{field}", default=dict(profile="paper").get(field))
     given = vars(parser.parse_args(arguments))
     name, settings = given.pop("name"), make_settings(**given)
     if settings.data == "synthetic" or settings.backbone == "scratch" or settings.warm_up_epochs: raise ValueError("launch: the embedded world, a backbone from scratch and warm-up belong to nbs/run.ipynb; give data and backbone, and warm_up_epochs 0.")
     if cpu := not torch.accelerator.is_available(): os.environ["ACCELERATE_USE_CPU"] = "true"      # or else processes on CPUs don't find each other
     state, folder = PartialState(cpu=cpu), root_path("runs")/(name or settings.workload)
     with state.main_process_first():
-        (pairs, _), (evaluation, _) = (load_pairs(settings.data, settings.workload, split, n, subsets=settings.subsets) for split, n in (("train", settings.n_train), ("test", settings.n_eval)))
+        (pairs, _), (evaluation, _) = (load_pairs(settings.data, settings.workload, split, n, subsets=settings.subsets, splits=settings.splits) for split, n in (("train", settings.n_train), ("test", settings.n_eval)))
         if state.is_main_process: lock = open_run(folder, dataclasses.asdict(settings) | dict(data_hash=data_hash(pairs, evaluation), versions=versions()))
         start = plain_backbone(settings.backbone, folder/"backbone")
     tokenizer = load_tokenizer(start)

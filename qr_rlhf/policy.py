@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from .cards import export_card, write_card
-from .data import special_ids
+from .data import sequence_ends
 from .model import RewardDistribution, cvar_weights, read_quantiles, to_scalar
 from .training import score
 
@@ -76,10 +76,10 @@ def reward_function(
 ) -> callable: # `f(prompts, completions, **kwargs) -> list[float]`, as TRL wants it
     "Make a reward function for TRL's trainers; it raises `ValueError` for a completion that doesn't fit."
     def reward(prompts, completions, **kwargs):
-        rewards = [None]*len(prompts)
-        for prompt in dict.fromkeys(prompts):
-            at = [i for i, p in enumerate(prompts) if p == prompt]
-            found = measure(RewardDistribution(score(model, tokenizer, prompt, [completions[i] for i in at], max_length)))
+        rewards, asked = [None]*len(prompts), [json.dumps(p) for p in prompts]      # text, or chat messages
+        for prompt in dict.fromkeys(asked):
+            at = [i for i, p in enumerate(asked) if p == prompt]
+            found = measure(RewardDistribution(score(model, tokenizer, prompts[at[0]], [completions[i] for i in at], max_length)))
             for i, r in zip(at, found.tolist()): rewards[i] = r
         return rewards
     reward.__name__ = f"reward_{measure}".replace(" ", "_").replace(".", "_")      # TRL logs it under this name
@@ -109,7 +109,7 @@ def ending_tokenizer(
     tokenizer, # a fast tokenizer of `transformers`
 ): # a copy for stock tools
     "Make a tokenizer that puts its first and last tokens around every text, special tokens asked for or not; raises `ValueError` where that can't be done."
-    before, after = special_ids(tokenizer)
+    before, after = sequence_ends(tokenizer)
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     state["normalizer"] = ending_normalizer(state, tokenizer.convert_ids_to_tokens(before), tokenizer.convert_ids_to_tokens(after))
     for token in state["added_tokens"]: token["normalized"] = True      # or else a text is cut at them before its ends are written

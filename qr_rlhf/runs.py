@@ -14,17 +14,18 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from transformers import SchedulerType
 
-from .data import WORKLOADS
+from .sources import WORKLOADS, name_workload
 from .losses import DistributionalObjective, Objective, PaperObjective
 
 # %% ../nbs/03b_runs.ipynb #cell-6
 @dataclass(frozen=True)
 class Settings:
     "Everything that decides the result of a run."
-    workload: str # `helpful` or `harmless`
+    workload: str # `helpful` or `harmless`; of data that is not in HH-RLHF's layout: any name, the data's own when nothing is said
     profile: str # `demo` or `paper`: where the other values come from when nothing is said
-    data: str # `synthetic` for the embedded world; or a folder or Hub id in HH-RLHF's layout
-    subsets: list[str] | None # subsets of HH-RLHF in place of the workload's own, such as `helpful-base,helpful-online`
+    data: str # `synthetic` for the embedded world; or a file of pairs, a folder, or a Hub id (chapter on sources)
+    subsets: list[str] | None # subsets of HH-RLHF in place of the workload's own, such as `helpful-base,helpful-online`; of another dataset on the Hub: configurations
+    splits: list[str] | None # the splits to train and to evaluate on, such as `train_prefs,test_prefs`, or one of which a fifth is held out; None: train and test, or the only one
     judges: str # who labels in the embedded world: `independent` or `same`
     n_train: int | None # pairs to read for training and validation; None: all
     n_eval: int | None # pairs to read for evaluation; None: all
@@ -77,7 +78,7 @@ PROFILES = dict(
     paper=dict(data="Anthropic/hh-rlhf", n_train=None, n_eval=None, max_length=1024, backbone="openai-community/gpt2", warm_up_epochs=0., seeds=[0, 1, 2], epochs=1.,
                batch_size=8, learning_rate=5e-6, lr_scheduler_type="inverse_sqrt", warmup_steps=500, evaluations=20),
 )
-COMMON = dict(subsets=None, judges="independent", vocab_size=1500, n_layer=2, n_embd=128, n_head=4, warm_up_learning_rate=2e-3, dropout=None, precision="float32", lora_rank=None, load_in_4bit=None, gradient_checkpointing=None,
+COMMON = dict(subsets=None, splits=None, judges="independent", vocab_size=1500, n_layer=2, n_embd=128, n_head=4, warm_up_learning_rate=2e-3, dropout=None, precision="float32", lora_rank=None, load_in_4bit=None, gradient_checkpointing=None,
               n_quantiles=10, objective="paper", shape=DistributionalObjective.shape, pool=DistributionalObjective.pool, **dataclasses.asdict(PaperObjective()))
 
 # %% ../nbs/03b_runs.ipynb #cell-10
@@ -115,9 +116,9 @@ def make_settings(
     if profile not in PROFILES: raise ValueError(f"profile: {profile!r} is unknown; choose one of {', '.join(PROFILES)}.")
     fields = {f.name: f for f in dataclasses.fields(Settings)}
     if unknown := set(given) - set(fields): raise ValueError(f"settings: {', '.join(sorted(unknown))} is no setting; choose from {', '.join(fields)}.")
-    said = {k: v for k, v in given.items() if v is not None}
-    settings = Settings(**{k: read_value(fields[k], v) for k, v in {**COMMON, **PROFILES[profile], **said, "profile": profile}.items()})
-    if settings.workload not in WORKLOADS: raise ValueError(f"workload: {settings.workload!r} is unknown; choose one of {', '.join(WORKLOADS)}.")
+    said = {**COMMON, **PROFILES[profile], **{k: v for k, v in given.items() if v is not None}, "profile": profile}
+    settings = Settings(**{k: read_value(fields[k], v) for k, v in {"workload": name_workload(str(said["data"])), **said}.items()})
+    if settings.workload not in WORKLOADS and name_workload(settings.data) in WORKLOADS and not settings.subsets: raise ValueError(f"workload: {settings.workload!r} is unknown; choose one of {', '.join(WORKLOADS)}.")
     least = dict(n_train=1, n_eval=12, max_length=8, vocab_size=258, n_layer=1, n_embd=1, n_head=1, epochs=1e-9, batch_size=1, lora_rank=1, learning_rate=1e-12, evaluations=1, n_quantiles=2, warmup_steps=0, warm_up_epochs=0)
     for name, low in least.items():
         if (value := getattr(settings, name)) is not None and value < low: raise ValueError(f"{name}: {value} is too small; the least is {low:g}.")

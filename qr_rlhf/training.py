@@ -19,7 +19,8 @@ from datasets import Dataset
 from torch.utils.data import Sampler
 from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling, PreTrainedModel, Trainer, TrainingArguments
 
-from .data import collate_pairs, collate_sequences, collate_shared, encode_prompt, special_ids
+from .data import collate_pairs, collate_sequences, collate_shared, encode_dialogue, sequence_ends
+from .formats import MARKERS, messages_to_text
 from .losses import Objective, PaperObjective
 from .model import local_or_hub, quantile_levels, read_quantiles, shared_quantiles, shares_prompt
 
@@ -220,18 +221,19 @@ def rewards_table(
 def score(
     model: PreTrainedModel, # a reward model
     tokenizer, # its tokenizer
-    prompt: str, # a dialogue up to the reply, such as `"\n\nHuman: Why?\n\nAssistant:"`
-    responses: list[str], # replies to it, such as `" Because."`
+    prompt: str | list[dict], # a dialogue up to the reply, such as `"\n\nHuman: Why?\n\nAssistant:"`, or chat messages
+    responses: list[str | list[dict]], # replies to it, such as `" Because."`; or, where the prompt is messages, `"Because."` or messages
     max_length: int | None = None, # most tokens in a sequence; None: as many as the model has positions
     row_tokens: int = 1024, # most response tokens that are computed together
 ) -> torch.Tensor: # quantiles `[responses, N]`, float32
     "Score responses to one prompt, which is cut as in training; raises `ValueError` for a response that doesn't fit."
-    (before, after), model = special_ids(tokenizer), model.eval()
-    ids = [tokenizer(r, add_special_tokens=False)["input_ids"] + after for r in responses]
-    longest, limit = max(map(len, ids)), max_length or model.config.get_text_config().max_position_embeddings
-    if longest + len(before) > limit: raise ValueError(f"responses: response {int(np.argmax([len(i) for i in ids]))} has {longest} tokens with its end token, but a sequence may have {limit}; leave it out.")
-    one = tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    start = before + encode_prompt(prompt, one["input_ids"], one["offset_mapping"], limit - len(before) - longest)
+    if not isinstance(prompt, str):
+        prompt, replies = messages_to_text(prompt) + MARKERS["assistant"], [[dict(role="assistant", content=r)] if isinstance(r, str) else r for r in responses]
+        responses = [messages_to_text(r).removeprefix(MARKERS["assistant"]) for r in replies]
+    model, limit = model.eval(), max_length or model.config.get_text_config().max_position_embeddings
+    start, ids = encode_dialogue(tokenizer, sequence_ends(tokenizer), prompt, responses, limit)
+    longest = max(map(len, ids))
+    if len(start) + longest > limit: raise ValueError(f"responses: response {int(np.argmax([len(i) for i in ids]))} has {longest} tokens with its end token, but a sequence may have {limit}; leave it out.")
     order, quantiles = np.argsort([len(i) for i in ids]), [None]*len(ids)
     groups = np.cumsum([len(ids[i]) for i in order])//row_tokens
     shared = shares_prompt(model, tokenizer.pad_token_id, len(start) + longest)

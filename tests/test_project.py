@@ -34,7 +34,7 @@ def test_notebook_is_fit_to_commit(path):
 
 
 def test_modules_are_small_and_import_only_what_stands_above():
-    order = ["data", "model", "losses", "peers", "training", "runs", "large", "cards", "analysis", "figures", "uncertainty", "synthetic", "features", "policy"]
+    order = ["formats", "sources", "data", "model", "losses", "peers", "training", "runs", "large", "cards", "analysis", "figures", "uncertainty", "synthetic", "features", "policy"]
     assert {p.stem for p in (ROOT/"qr_rlhf").glob("*.py")} == {*order, "__init__", "_modidx"}
     for i, name in enumerate(order):
         text = (ROOT/"qr_rlhf"/f"{name}.py").read_text()
