@@ -87,9 +87,7 @@ def loading(
     "Say how a checkpoint is loaded."
     if config.num_labels == 1 and getattr(config, "risk_measure", None):
         return """An ordinary reward model, whose tokenizer writes the end token itself:\n\n```python\nfrom transformers import pipeline\nreward = pipeline("text-classification", model="<this folder>", function_to_apply="none")\nprint(reward("\\n\\nHuman: Why?\\n\\nAssistant: Because."))\n```"""
-    family = getattr(config, "quantile_family", None)
-    n = f"{len(config.quantile_levels)}" + (f', family="{family}"' if family else "")
-    ours = f"""With `qr_rlhf`:\n\n```python\nfrom qr_rlhf.model import load_reward_model, load_tokenizer\nfrom qr_rlhf.training import score\ntokenizer = load_tokenizer("<this folder>")\nmodel = load_reward_model("<this folder>", tokenizer, n={n})\nprint(score(model, tokenizer, "\\n\\nHuman: Why?\\n\\nAssistant:", [" Because.", " No idea."]))     # quantiles, a row a response\n```"""
+    ours = f"""With `qr_rlhf`:\n\n```python\nfrom qr_rlhf.model import load_reward_model, load_tokenizer\nfrom qr_rlhf.training import score\ntokenizer = load_tokenizer("<this folder>")\nmodel = load_reward_model("<this folder>", tokenizer, n={len(config.quantile_levels)})\nprint(score(model, tokenizer, "\\n\\nHuman: Why?\\n\\nAssistant:", [" Because.", " No idea."]))     # quantiles, a row a response\n```"""
     stock = """Without it, an ordinary checkpoint of `transformers`; the end token must be there:\n\n```python\nfrom transformers import AutoModelForSequenceClassification, AutoTokenizer\nfolder = "<this folder>"\nmodel, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)\nprint(model(**tokenizer("\\n\\nHuman: Why?\\n\\nAssistant: Because." + tokenizer.eos_token, return_tensors="pt")).logits)\n```"""
     lora = """\n\nThis folder holds the merged model; the LoRA adapter it was trained as is in `adapter/`: `qr_rlhf.large.load_adapter("<this folder>/adapter", tokenizer)`.""" if adapter else ""
     return f"{ours}\n\n{stock}{lora}"

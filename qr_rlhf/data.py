@@ -110,9 +110,10 @@ def data_hash(
 def special_ids(
     tokenizer, # a tokenizer of `transformers`
 ) -> tuple[list[int], list[int]]: # ids before a sequence, ids after it
-    "Find the tokens put around a sequence; the last one is its end token. Raises `ValueError` if the tokenizer has none."
+    "Find the tokens put around a sequence; the last one is its end token. Raises `ValueError` if the tokenizer has none, or writes it unasked."
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]
+    if len(plain) > 1 and plain[-1] == tokenizer.eos_token_id: raise ValueError(f"tokenizer: {tokenizer.name_or_path or 'it'} ends every text by itself, as an exported reward model's does; use the tokenizer of the model that was exported.")
     i = next(i for i in range(len(full)) if full[i:i + len(plain)] == plain)
     before, after = full[:i], full[i + len(plain):]
     if not after and tokenizer.eos_token_id is None:

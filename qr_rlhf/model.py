@@ -170,10 +170,11 @@ def load_reward_model(
 ) -> PreTrainedModel: # an `AutoModelForSequenceClassification`
     "Load a backbone with a head of n outputs; raises `ValueError` if it can't be had, or has no dropout layer to set."
     set_seed(seed)
+    family = family or getattr(local_or_hub(AutoConfig.from_pretrained, name), "quantile_family", None)
     model = local_or_hub(AutoModelForSequenceClassification.from_pretrained, name, num_labels=2 if family == "normal" else n, use_safetensors=True, **dict(dtype=torch.float32) | kwargs)
     if len(tokenizer) > model.get_input_embeddings().num_embeddings: model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     model.config.get_text_config().pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
-    model.config.quantile_levels, model.config.quantile_family = quantile_levels(n), family or getattr(model.config, "quantile_family", None)
+    model.config.quantile_levels, model.config.quantile_family = quantile_levels(n), family
     if dropout is not None:
         layers = [m for m in model.modules() if isinstance(m, torch.nn.Dropout)]
         if dropout and not layers: raise ValueError(f"dropout: {type(model).__name__} has no dropout layers; leave dropout out.")

@@ -104,7 +104,7 @@ def ending_normalizer(
     last = [(f"(?<!{escape(token)}{others(escape(token))})\\z", token) for token in after]
     return dict(type="Sequence", normalizers=old + [dict(type="Replace", pattern=dict(Regex=where), content=token) for where, token in first + last])
 
-# %% ../nbs/06_policy.ipynb #ending
+# %% ../nbs/06_policy.ipynb #cell-21
 def ending_tokenizer(
     tokenizer, # a fast tokenizer of `transformers`
 ): # a copy for stock tools
@@ -121,7 +121,7 @@ def ending_tokenizer(
         if not copy(text)["input_ids"] == copy(text, add_special_tokens=False)["input_ids"] == wanted: raise ValueError(f"tokenizer: {tokenizer.name_or_path or type(tokenizer).__name__} can't be made to end a text by itself; export the model with its own tokenizer, and append {tokenizer.eos_token!r} to every text.")
     return copy
 
-# %% ../nbs/06_policy.ipynb #cell-22
+# %% ../nbs/06_policy.ipynb #cell-23
 def export_reward_model(
     model: PreTrainedModel, # a reward model with N outputs
     tokenizer, # its tokenizer
