@@ -7,7 +7,7 @@ __all__ = ['READING', 'LIMITS', 'METRICS', 'reading', 'limits', 'measured', 'hub
            'model_card', 'write_card', 'export_card']
 
 # %% ../nbs/03d_cards.ipynb #cell-3
-import dataclasses, re
+import dataclasses, json, re
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -102,8 +102,8 @@ def training_text(
     "Say what a model was trained on, and how."
     world = settings.data == "synthetic"
     objective = "Bradley–Terry: −log σ(r(chosen) − r(rejected))" if model == "scalar" else f"`{settings.objective}`: " + ", ".join(f"{k} {v}" for k, v in dataclasses.asdict(settings.make_objective()).items())
-    lines = dict(data=f"{'embedded synthetic world, judges ' + settings.judges if world else settings.data}, workload {settings.workload}{f', {settings.subsets}' if settings.subsets else ''}; {results['n_train']:,} pairs, {results['n_valid']:,} more to choose the checkpoint by",
-                 backbone="small GPT-2 from scratch, warmed up on the chosen dialogues" if settings.backbone == "scratch" and settings.warm_up_epochs else settings.backbone,
+    lines = dict(data=f"{'embedded synthetic world, judges ' + settings.judges if world else hub_id(settings.data) or Path(settings.data).name}, workload {settings.workload}{f', {settings.subsets}' if settings.subsets else ''}; {results['n_train']:,} pairs, {results['n_valid']:,} more to choose the checkpoint by",
+                 backbone="small GPT-2 from scratch, warmed up on the chosen dialogues" if settings.backbone == "scratch" and settings.warm_up_epochs else hub_id(settings.backbone) or Path(settings.backbone).name,
                  objective=objective, training=f"seed {seed}, {settings.epochs:g} epochs, batches of {settings.batch_size} pairs a device, AdamW, learning rate {settings.learning_rate:g} ({settings.lr_scheduler_type}), at most {settings.max_length} tokens, {settings.precision}"
                  + (f", LoRA of rank {settings.lora_rank}{' on a backbone in 4 bits' if settings.load_in_4bit else ''}" if settings.lora_rank else ""))
     return "\n".join(f"- {k}: {v}" for k, v in lines.items())
@@ -154,9 +154,16 @@ def write_card(
     folder: str | Path, # of the checkpoint
     card: ModelCard, # its card
 ):
-    "Save a card as a checkpoint's `README.md`, and its adapter's where there is one."
-    for place in (Path(folder), Path(folder)/"adapter"):
-        if place.is_dir(): write_whole(place/"README.md", lambda path: path.write_text(str(card), encoding="utf-8"))
+    "Save a card as a checkpoint's `README.md`, and a short one beside its adapter where there is one."
+    def write(place, card): write_whole(place/"README.md", lambda path: path.write_text(str(card), encoding="utf-8"))
+    folder = Path(folder)
+    write(folder, card)
+    if (folder/"adapter").is_dir():
+        base = json.loads((folder/"adapter"/"adapter_config.json").read_text())["base_model_name_or_path"]
+        write(folder/"adapter", f"""# A LoRA adapter of a reward model
+
+What it was trained on and for stands on the card of the merged model, in the folder above. The adapter alone is loaded with `qr_rlhf.large.load_adapter("<this folder>", tokenizer)`, where its base `{base}` can be found: on the Hub, or as a folder, counted from where you are.
+""")
 
 # %% ../nbs/03d_cards.ipynb #cell-19
 def export_card(

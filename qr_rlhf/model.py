@@ -170,7 +170,9 @@ def load_reward_model(
 ) -> PreTrainedModel: # an `AutoModelForSequenceClassification`
     "Load a backbone with a head of n outputs; raises `ValueError` if it can't be had, or has no dropout layer to set."
     set_seed(seed)
-    family = family or getattr(local_or_hub(AutoConfig.from_pretrained, name), "quantile_family", None)
+    config = local_or_hub(AutoConfig.from_pretrained, name)
+    family, trained = family or getattr(config, "quantile_family", None), len(getattr(config, "quantile_levels", [])) or n
+    if trained != n and family != "normal": raise ValueError(f"n: {n} outputs were asked for, but {name} is a reward model with {trained}; give n={trained}.")
     model = local_or_hub(AutoModelForSequenceClassification.from_pretrained, name, num_labels=2 if family == "normal" else n, use_safetensors=True, **dict(dtype=torch.float32) | kwargs)
     if len(tokenizer) > model.get_input_embeddings().num_embeddings: model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     model.config.get_text_config().pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id

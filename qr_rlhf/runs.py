@@ -156,14 +156,14 @@ def open_run(
     folder: str | Path, # of the run
     settings: dict, # everything that decides its results, as JSON can hold it
 ) -> FileLock: # held until it is released or the process ends
-    "Take hold of a run's folder; raises `ValueError` if another process holds it or it was made with other settings."
+    "Take hold of a run's folder; raises `ValueError` if another process holds it, or if something was made in it with other settings."
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder/".lock", timeout=0, is_singleton=True)
     try: lock.acquire()
     except Timeout: raise ValueError(f"{folder.name}: another process is working on this run; wait for it, or give this one another name.") from None
     path, settings = folder/"settings.json", json.loads(json.dumps(settings))
-    if path.exists():
+    if path.exists() and {p.name for p in folder.iterdir()} - {path.name, ".lock"}:
         old = json.loads(path.read_text())
         changed = [f"{k} was {old.get(k)!r} and is now {settings.get(k)!r}" for k in {**old, **settings} if old.get(k) != settings.get(k)]
         if changed:
