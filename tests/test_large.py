@@ -50,7 +50,7 @@ def test_a_lora_tuned_llama_becomes_a_reward_model(llama, monkeypatch):
     results = llama.results("lora")
     card = ModelCard.load(folder/"README.md")
     assert {r.metric_type: r.metric_value for r in card.data.eval_results}["accuracy"] == round(results["models"]["quantile"]["per_seed"][0]["accuracy"], 4) and card.data.library_name == "transformers"
-    assert "LoRA of rank 4" in card.text and card.text.count("[") > 3 and (folder/"adapter"/"README.md").read_text() == (folder/"README.md").read_text()
+    assert "LoRA of rank 4" in card.text and card.text.count("[") > 3 and "`runs/lora/backbone`" in (folder/"adapter"/"README.md").read_text()
     (folder/"README.md").unlink()
     again = llama.papermill("run", "runs/lora.ipynb", **settings)
     assert again.returncode == 0 and (folder/"README.md").exists(), again.stderr
