@@ -162,7 +162,7 @@ def write_card(
         base = json.loads((folder/"adapter"/"adapter_config.json").read_text())["base_model_name_or_path"]
         write(folder/"adapter", f"""# A LoRA adapter of a reward model
 
-What it was trained on and for stands on the card of the merged model, in the folder above. The adapter alone is loaded with `qr_rlhf.large.load_adapter("<this folder>", tokenizer)`, where its base `{base}` can be found: on the Hub, or as a folder, counted from where you are.
+What it was trained on and for stands on the card of the merged model, in the folder above. The adapter alone is loaded with `qr_rlhf.large.load_adapter("<this folder>", tokenizer)`, where its base `{base}` can be found: on the Hub, or as a folder, counted from the repository root (or, outside one, from where you are).
 """)
 
 # %% ../nbs/03d_cards.ipynb #cell-19

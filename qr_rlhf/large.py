@@ -180,6 +180,7 @@ def run_arguments(
     "Make `TrainingArguments` as a run's settings say."
     processes, sharded = int(os.environ.get("WORLD_SIZE", 1)), os.environ.get("ACCELERATE_USE_FSDP") == "true"
     steps = math.ceil(epochs*math.ceil(pairs/(settings.batch_size*processes)))
+    if settings.warmup_steps >= steps: print(f"warmup_steps: all {steps} steps of this training are warm-up, so that the learning rate never reaches its peak; give fewer.")
     if settings.gradient_checkpointing and not sharded: kwargs = dict(gradient_checkpointing=True) | kwargs      # FSDP's configuration has its own
     return training_arguments(work, steps, settings.evaluations, num_train_epochs=epochs, per_device_train_batch_size=settings.batch_size, lr_scheduler_type=settings.lr_scheduler_type,
                               warmup_steps=settings.warmup_steps, precision=settings.precision, **kwargs)

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from .cards import export_card, write_card
 from .data import sequence_ends
-from .model import RewardDistribution, cvar_weights, read_quantiles, to_scalar
+from .model import RewardDistribution, cvar_weights, to_scalar
 from .training import score
 
 # %% ../nbs/06_policy.ipynb #cell-6

@@ -1,8 +1,8 @@
 "What the README says of TRL: an exported model in an unmodified script, with our rewards."
 import re
 
-import pytest
 import torch
+import trl
 from readme import ROOT
 from qr_rlhf.model import RewardDistribution, load_reward_model, load_tokenizer, tiny_gpt2, train_tokenizer
 from qr_rlhf.synthetic import World
@@ -10,7 +10,6 @@ from qr_rlhf.training import score
 
 
 def test_readme_exports_a_reward_model_that_trl_scores_as_we_do(tmp_path, monkeypatch):
-    trl = pytest.importorskip("trl")
     run = tmp_path/"runs"/"harmless"
     tokenizer = train_tokenizer([row["chosen"] for row in World().rows("harmless", "train", 200)], 600)
     for folder in (run/"warm_up", run/"quantile"/"seed0"): tokenizer.save_pretrained(folder)

@@ -2,11 +2,7 @@
 import math, shutil
 
 from conftest import SMALL, error
-from test_run import write_folder
-from transformers import GPT2Config, GPT2LMHeadModel
-
-from qr_rlhf.model import train_tokenizer
-from qr_rlhf.synthetic import World
+from test_run import write_folder, write_gpt2
 
 TINY = dict(steps=2, evaluations=1, prompts_a_step=2, generations=2, max_completion=10, n_prompts=12, n_eval=6, learning_rate=1e-2)
 
@@ -35,10 +31,7 @@ def test_policies_in_the_embedded_world(project):
 def test_paper_profile_takes_up_a_run(demo):
     "Reward models of a finished run that holds no warmed-up language model; a local GPT-2 with another tokenizer; local files in HH-RLHF's layout."
     write_folder(demo.folder/"hh-policy", "harmless", 120, 30)
-    tokenizer = train_tokenizer([r["chosen"] for r in World().rows("harmless", "train", 50)], 300)
-    tokenizer.pad_token = tokenizer.eos_token          # as with GPT-2's own: it must get a padding token of its own
-    tokenizer.save_pretrained(demo.folder/"gpt2-policy")
-    GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_positions=256, n_layer=1, n_embd=16, n_head=2)).save_pretrained(demo.folder/"gpt2-policy")
+    write_gpt2(demo.folder/"gpt2-policy", "harmless", 300)
     shutil.copytree(demo.folder/"runs"/"harmless", demo.folder/"runs"/"reward", ignore=shutil.ignore_patterns("warm_up"))
     paper = dict(profile="paper", workload="harmless", data="hh-policy", backbone="gpt2-policy")
     done = demo.papermill("studies/policy", "runs/policy-paper.ipynb", name="policy-paper", runs_of="reward", seeds="0,1", max_prompt=150, **paper, **TINY)

@@ -74,13 +74,18 @@ def write_folder(folder, workload, n_train, n_test):
         with gzip.open(folder/f"{workload}-base"/f"{split}.jsonl.gz", "wt", encoding="utf-8") as f: f.writelines(json.dumps(r) + "\n" for r in rows)
 
 
+def write_gpt2(folder, workload, vocab_size):
+    "A small GPT-2 with random weights, whose tokenizer pads with its end token as GPT-2's own does."
+    tokenizer = train_tokenizer([r["chosen"] for r in World().rows(workload, "train", 50)], vocab_size)
+    tokenizer.pad_token = tokenizer.eos_token          # it must get a padding token of its own
+    tokenizer.save_pretrained(folder)
+    GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_positions=256, n_layer=1, n_embd=16, n_head=2)).save_pretrained(folder)
+
+
 def test_paper_profile_on_local_folders(project):
     "The paper's profile with a local GPT-2 (random weights) and local files in HH-RLHF's layout: every line is accounted for."
     write_folder(project.folder/"hh", "helpful", 150, 30)
-    tokenizer = train_tokenizer([r["chosen"] for r in World().rows("helpful", "train", 50)], 400)
-    tokenizer.pad_token = tokenizer.eos_token          # as with GPT-2's own: it must get a padding token of its own
-    tokenizer.save_pretrained(project.folder/"gpt2")
-    GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_positions=256, n_layer=1, n_embd=16, n_head=2)).save_pretrained(project.folder/"gpt2")
+    write_gpt2(project.folder/"gpt2", "helpful", 400)
     done = project.papermill("run", "runs/local.ipynb", profile="paper", workload="helpful", name="local", data="hh", backbone="gpt2", max_length=200, seeds="0,1")
     assert done.returncode == 0, done.stderr
     results = project.results("local")
