@@ -63,14 +63,13 @@ def throughput_table(name):
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-def calibration_table(name, pairs):
-    "What each objective learns of spread where the truth is known, a row an objective."
-    r = results(name)
+def calibration_table(runs):
+    "What each objective learns of spread where the truth is known, a row an objective; `runs`: a run's name → its number of pairs."
     rows = [["world", "objective", "rank correlation with the true spread, each seed", "predicted over true range", "log-loss above the best possible, 10⁻⁴ nats"]]
     rows.append(["---"]*len(rows[0]))
     mean = lambda values: sum(values)/len(values)
-    for world, objectives in r["worlds"].items():
-        for k in ("scalar × 4", "label QR", "free", "PURM", "distributional"):
+    for world, objectives, pairs in [(*of, pairs) for name, pairs in runs.items() for of in results(name)["worlds"].items()]:
+        for k in [k for k in ("scalar × 4", "label QR", "free", "PURM", "distributional") if k in objectives]:
             m, bold = objectives[k][str(pairs)], "**" if k == "distributional" else ""
             rows.append([world, f"{bold}{k}{bold}", "  ".join(f"{v:.2f}" for v in m["spread_correlation"]), f"{mean(m['scale_ratio']):.2f}", f"{1e4*mean(m['nll_gap']):.0f}"])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
