@@ -71,7 +71,7 @@ def calibration_table(runs):
     for world, objectives, pairs in [(*of, pairs) for name, pairs in runs.items() for of in results(name)["worlds"].items()]:
         for k in [k for k in ("scalar × 4", "label QR", "free", "PURM", "distributional") if k in objectives]:
             m, bold = objectives[k][str(pairs)], "**" if k == "distributional" else ""
-            rows.append([world, f"{bold}{k}{bold}", "  ".join(f"{v:.2f}" for v in m["spread_correlation"]), f"{mean(m['scale_ratio']):.2f}", f"{1e4*mean(m['nll_gap']):.0f}"])
+            rows.append([world, f"{bold}{k}{bold}", "  ".join(f"{v:.2f}" for v in m["spread_correlation"]), f"{mean(m['scale_ratio']):.2f}", f"{1e4*mean(m['nll_gap']):.0f}" + (f" (temperature fitted: {1e4*mean(m['nll_gap_fitted']):.0f})" if "nll_gap_fitted" in m else "")])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
