@@ -138,6 +138,7 @@ def test_calibration_study_on_text(project):
     assert set(worlds["harmless, from the language model"]) == {"distributional"} and set(known) == {"scalar", "label QR", "distributional"}
     assert all(len(m["100"]["accuracy_on_votes"]) == len(m["100"]["spread_correlation"]) == 2 for m in known.values()) and known["scalar"]["100"]["spread_correlation"] == [0, 0]
     assert min(known["label QR"]["100"]["temperature"]) > 0 and (project.folder/"runs"/"calibration-text"/"text.png").stat().st_size > 1000
+    assert "votes was 20 and is now 1" in error(project.papermill("studies/calibration", level="text", n_start=100, n_train=100, n_eval=40, text_seeds="3,4", votes=1))
 
 
 def test_bad_input_is_one_sentence(project):
