@@ -1,4 +1,5 @@
 "What pip installs, read from settings.ini, which nbdev reads too."
+
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -22,7 +23,10 @@ setup(
     packages=find_packages(include=["qr_rlhf"]),
     python_requires=f">={settings['min_python']}",
     install_requires=settings["requirements"].split(),
-    extras_require={extra: settings[f"{extra}_requirements"].split() for extra in ("dev", "bench", "policy", "peft")},
+    extras_require={
+        extra: settings[f"{extra}_requirements"].split()
+        for extra in ("dev", "bench", "policy", "peft")
+    },
     entry_points={"nbdev": ["qr_rlhf=qr_rlhf._modidx:d"]},
     zip_safe=False,
 )

@@ -5,248 +5,349 @@
 # %% auto #0
 __all__ = ['parse_pair', 'hash_share', 'load_pairs', 'split_validation', 'count_shared_prompts', 'data_hash', 'special_ids',
            'apply_template', 'sequence_ends', 'split_ids', 'shorter_prompts', 'encode_dialogue', 'encode_pairs',
-           'pad_rows', 'collate_sequences', 'collate_pairs', 'collate_shared', 'shared_mask']
+           'pad_rows', 'collate_sequences', 'collate_pairs']
 
-# %% ../nbs/00_data.ipynb #cell-3
-import hashlib, json
-from collections import Counter
-from os.path import commonprefix
-from pathlib import Path
-
-import numpy as np
+# %% ../nbs/00_data.ipynb #00-003
+import hashlib
+import json
 import torch
-from datasets import Dataset
+from collections import Counter
 from jinja2 import TemplateError
-
+from os.path import commonprefix
+from datasets import Dataset
 from .formats import MARKERS, TURN, read_row, split_turns, system_text, text_to_messages
-from .sources import WORKLOADS, find_rows, root_path      # root_path is for those who import it from here
+from .sources import WORKLOADS, find_rows
 
-# %% ../nbs/00_data.ipynb #cell-6
+# %% ../nbs/00_data.ipynb #00-006
 def parse_pair(
-    chosen: str, # the preferred dialogue, in HH-RLHF's form
-    rejected: str, # the other one
-) -> dict | str: # prompt, chosen, rejected; or the reason why the pair is dropped
+    chosen: str,  # the preferred dialogue, in HH-RLHF's form
+    rejected: str,  # the other one
+) -> dict | str:  # prompt, chosen, rejected; or the reason why the pair is dropped
     "Split two dialogues into their shared prompt and one response each."
     sides = [split_turns(chosen), split_turns(rejected)]
     n = next((i for i, (a, b) in enumerate(zip(*sides)) if a != b), min(map(len, sides)))
     prompt = "".join(sides[0][:n])
     responses = ["".join(turns[n:]) for turns in sides]
-    if responses[0].strip() == responses[1].strip(): return "equal"
-    if not all(r.strip() and TURN.sub("", turns[-1], count=1).strip() for r, turns in zip(responses, sides)): return "empty"
+    if responses[0].strip() == responses[1].strip():
+        return "equal"
+    if not all(
+        r.strip() and TURN.sub("", turns[-1], count=1).strip() for r, turns in zip(responses, sides)
+    ):
+        return "empty"
     marker = MARKERS["assistant"]
-    if not all(turns[-1].startswith(marker) for turns in sides): return "no_reply"
+    if not all(turns[-1].startswith(marker) for turns in sides):
+        return "no_reply"
     if all(r.startswith(marker) for r in responses):
         prompt, responses = prompt + marker, [r.removeprefix(marker) for r in responses]
     return dict(prompt=prompt, chosen=responses[0], rejected=responses[1])
 
-# %% ../nbs/00_data.ipynb #cell-12
+# %% ../nbs/00_data.ipynb #00-012
 def hash_share(
-    text: str, # what decides
-    salt: str = "", # another salt decides otherwise
-) -> float: # from 0 to 1, evenly
+    text: str,  # what decides
+    salt: str = "",  # another salt decides otherwise
+) -> float:  # from 0 to 1, evenly
     "A number that depends on a text alone, the same on every machine."
-    return int.from_bytes(hashlib.sha256((salt + text).encode()).digest()[:8], "big")/2**64
+    return int.from_bytes(hashlib.sha256((salt + text).encode()).digest()[:8], "big") / 2**64
 
-# %% ../nbs/00_data.ipynb #cell-13
+# %% ../nbs/00_data.ipynb #00-013
 def load_pairs(
-    data: object, # file, folder or Hub id; or an object with `rows(workload, split, n)`
-    workload: str, # `helpful` or `harmless`; a name and no more where the source is not in HH-RLHF's layout
-    split: str, # `train` or `test`
-    n: int | None = None, # keep the first n pairs that can be used (an object with `rows` gives n rows); None keeps all
-    subsets: list[str] | None = None, # subsets in place of the workload's own, such as `["helpful-base", "helpful-online"]`; of another dataset on the Hub: configurations
-    splits: list[str] | None = None, # names of the splits to train and to test on, or of one that is cut in two; None: train and test, or the only one
-) -> tuple[Dataset, dict[str, int]]: # table `prompt, chosen, rejected` (and `share`); how many rows were dropped, by reason
+    data: object,  # file, folder or Hub id; or an object with `rows(workload, split, n)`
+    workload: str,  # `helpful` or `harmless`; a name and no more where the source is not in HH-RLHF's layout
+    split: str,  # `train` or `test`
+    n: int
+    | None = None,  # keep the first n pairs that can be used (an object with `rows` gives n rows); None keeps all
+    subsets: list[str]
+    | None = None,  # subsets in place of the workload's own, such as `["helpful-base", "helpful-online"]`; of another dataset on the Hub: configurations
+    splits: list[str]
+    | None = None,  # names of the splits to train and to test on, or of one that is cut in two; None: train and test, or the only one
+) -> tuple[
+    Dataset, dict[str, int]
+]:  # table `prompt, chosen, rejected` (and `share`); how many rows were dropped, by reason
     "Load one split of a source's pairs; raises `ValueError` for bad files, unknown names, or if no pair is left."
-    if split not in ("train", "test"): raise ValueError(f"split: {split!r} is unknown; choose train or test.")
-    if n is not None and n < 1: raise ValueError(f"n: {n} pairs of the {split} split were asked for; ask for 1 or more.")
-    if hasattr(data, "rows") and workload not in WORKLOADS: raise ValueError(f"workload: {workload!r} is unknown; choose one of {', '.join(WORKLOADS)}.")
-    rows, cut = ([(f"row {i}", row) for i, row in enumerate(data.rows(workload, split, n), start=1)], False) if hasattr(data, "rows") else find_rows(data, workload, split, subsets, splits)
-    pairs, dropped, with_share = [], Counter(), isinstance(rows[0][1], dict) and "share" in rows[0][1]
+    if split not in ("train", "test"):
+        raise ValueError(f"split: {split!r} is unknown; choose train or test.")
+    if n is not None and n < 1:
+        raise ValueError(f"n: {n} pairs of the {split} split were asked for; ask for 1 or more.")
+    if hasattr(data, "rows") and workload not in WORKLOADS:
+        raise ValueError(
+            f"workload: {workload!r} is unknown; choose one of {', '.join(WORKLOADS)}."
+        )
+    rows, cut = (
+        ([(f"row {i}", row) for i, row in enumerate(data.rows(workload, split, n), start=1)], False)
+        if hasattr(data, "rows")
+        else find_rows(data, workload, split, subsets, splits)
+    )
+    pairs, dropped, with_share = (
+        [],
+        Counter(),
+        isinstance(rows[0][1], dict) and "share" in rows[0][1],
+    )
     for where, row in rows:
         found = read_row(row, where)
-        if ("share" in row) != with_share: raise ValueError(f"{where}: the field 'share' is {'missing, though earlier rows have it' if with_share else 'here, though earlier rows lack it'}; give it in every row or in none.")
+        if ("share" in row) != with_share:
+            raise ValueError(
+                f"{where}: the field 'share' is {'missing, though earlier rows have it' if with_share else 'here, though earlier rows lack it'}; give it in every row or in none."
+            )
         pair = found if isinstance(found, str) else parse_pair(found["chosen"], found["rejected"])
-        if isinstance(pair, str): dropped[pair] += 1
-        elif cut and (hash_share(split_turns(pair["prompt"])[0], "test") < .2) != (split == "test"): dropped["other_part"] += 1
-        elif n is not None and len(pairs) == n: dropped["over_limit"] += 1
-        else: pairs.append(pair | {k: found[k] for k in ("share",) if k in found})
-    if not pairs: raise ValueError(f"data: no pair is left of the {len(rows)} rows in {data} ({workload}, {split}); dropped: {dict(dropped)}.")
+        if isinstance(pair, str):
+            dropped[pair] += 1
+        elif cut and (hash_share(split_turns(pair["prompt"])[0], "test") < 0.2) != (
+            split == "test"
+        ):
+            dropped["other_part"] += 1
+        elif n is not None and len(pairs) == n:
+            dropped["over_limit"] += 1
+        else:
+            pairs.append(pair | {k: found[k] for k in ("share",) if k in found})
+    if not pairs:
+        raise ValueError(
+            f"data: no pair is left of the {len(rows)} rows in {data} ({workload}, {split}); dropped: {dict(dropped)}."
+        )
     return Dataset.from_list(pairs), dict(dropped)
 
-# %% ../nbs/00_data.ipynb #cell-20
+# %% ../nbs/00_data.ipynb #00-020
 def split_validation(
-    pairs: Dataset, # training pairs, with `prompt`
-    fraction: float = 0.05, # share of prompts set aside
-) -> tuple[Dataset, Dataset]: # what is trained on, what is validated on
+    pairs: Dataset,  # training pairs, with `prompt`
+    fraction: float = 0.05,  # share of prompts set aside
+) -> tuple[Dataset, Dataset]:  # what is trained on, what is validated on
     "Set aside validation pairs by a hash of the prompt; raises `ValueError` if a side would be empty."
     share = [hash_share(p) for p in pairs["prompt"]]
     valid = [i for i, s in enumerate(share) if s < fraction]
     train = [i for i, s in enumerate(share) if s >= fraction]
     if not valid or not train:
-        raise ValueError(f"data: of {len(pairs)} training pairs {len(train)} are left to train on and {len(valid)} to validate on; give more pairs.")
+        raise ValueError(
+            f"data: of {len(pairs)} training pairs {len(train)} are left to train on and {len(valid)} to validate on; give more pairs."
+        )
     return pairs.select(train), pairs.select(valid)
 
-# %% ../nbs/00_data.ipynb #cell-24
+# %% ../nbs/00_data.ipynb #00-024
 def count_shared_prompts(
-    train: Dataset, # pairs trained on
-    evaluation: Dataset, # pairs evaluated on
-) -> int: # how many evaluation pairs have a prompt that stands in `train`
+    train: Dataset,  # pairs trained on
+    evaluation: Dataset,  # pairs evaluated on
+) -> int:  # how many evaluation pairs have a prompt that stands in `train`
     "Count the evaluation pairs whose prompt was trained on."
     seen = set(train["prompt"])
     return sum(p in seen for p in evaluation["prompt"])
 
-# %% ../nbs/00_data.ipynb #cell-25
+# %% ../nbs/00_data.ipynb #00-025
 def data_hash(
-    *tables: Dataset, # tables of pairs
-) -> str: # 16 hexadecimal digits
+    *tables: Dataset,  # tables of pairs
+) -> str:  # 16 hexadecimal digits
     "Hash the text (and the votes) of tables of pairs, in order."
     digest = hashlib.sha256()
     for table in tables:
-        for row in table: digest.update(json.dumps([row[k] for k in ("prompt", "chosen", "rejected", "share") if k in row]).encode() + b"\n")
+        for row in table:
+            digest.update(
+                json.dumps(
+                    [row[k] for k in ("prompt", "chosen", "rejected", "share") if k in row]
+                ).encode()
+                + b"\n"
+            )
         digest.update(b"\n")
     return digest.hexdigest()[:16]
 
-# %% ../nbs/00_data.ipynb #cell-28
+# %% ../nbs/00_data.ipynb #00-028
 def special_ids(
-    tokenizer, # a tokenizer of `transformers`
-) -> tuple[list[int], list[int]]: # ids before a sequence, ids after it
+    tokenizer,  # a tokenizer of `transformers`
+) -> tuple[list[int], list[int]]:  # ids before a sequence, ids after it
     "Find the tokens put around a sequence; the last one is its end token. Raises `ValueError` if the tokenizer has none, or writes it unasked."
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]
-    if len(plain) > 1 and plain[-1] == tokenizer.eos_token_id: raise ValueError(f"tokenizer: {tokenizer.name_or_path or 'it'} ends every text by itself, as an exported reward model's does; use the tokenizer of the model that was exported.")
-    i = next(i for i in range(len(full)) if full[i:i + len(plain)] == plain)
-    before, after = full[:i], full[i + len(plain):]
+    if len(plain) > 1 and plain[-1] == tokenizer.eos_token_id:
+        raise ValueError(
+            f"tokenizer: {tokenizer.name_or_path or 'it'} ends every text by itself, as an exported reward model's does; use the tokenizer of the model that was exported."
+        )
+    i = next(i for i in range(len(full)) if full[i : i + len(plain)] == plain)
+    before, after = full[:i], full[i + len(plain) :]
     if not after and tokenizer.eos_token_id is None:
-        raise ValueError(f"tokenizer: {tokenizer.name_or_path or 'it'} has no end token; set tokenizer.eos_token.")
+        raise ValueError(
+            f"tokenizer: {tokenizer.name_or_path or 'it'} has no end token; set tokenizer.eos_token."
+        )
     return before, after or [tokenizer.eos_token_id]
 
-# %% ../nbs/00_data.ipynb #cell-33
+# %% ../nbs/00_data.ipynb #00-033
 def apply_template(
-    tokenizer, # with a chat template, or without one
-    prompt: str, # in HH-RLHF's form
-    responses: list[str], # that go on with it
-) -> tuple[str, list[str]]: # both as the model is to read them: by the chat template, or unchanged if there is none
+    tokenizer,  # with a chat template, or without one
+    prompt: str,  # in HH-RLHF's form
+    responses: list[str],  # that go on with it
+) -> tuple[
+    str, list[str]
+]:  # both as the model is to read them: by the chat template, or unchanged if there is none
     "Write a dialogue by the tokenizer's chat template; raises `ValueError` if the template can't."
-    if not tokenizer.chat_template: return prompt, responses
+    if not tokenizer.chat_template:
+        return prompt, responses
+
     def write(text, **kwargs):
-        try: return tokenizer.apply_chat_template(text_to_messages(text), tokenize=False, **kwargs) if text else ""
-        except TemplateError as error: raise ValueError(f"template: the tokenizer's chat template refuses a dialogue ({' '.join(str(error).split())[:200]}).") from None
-    if prompt and not TURN.search(prompt): raise ValueError("prompt: it has no turn in HH-RLHF's form, so the chat template can't be applied; give messages, or '\\n\\nHuman: ...\\n\\nAssistant:'.")
+        try:
+            return (
+                tokenizer.apply_chat_template(text_to_messages(text), tokenize=False, **kwargs)
+                if text
+                else ""
+            )
+        except TemplateError as error:
+            raise ValueError(
+                f"template: the tokenizer's chat template refuses a dialogue ({' '.join(str(error).split())[:200]})."
+            ) from None
+
+    if prompt and not TURN.search(prompt):
+        raise ValueError(
+            "prompt: it has no turn in HH-RLHF's form, so the chat template can't be applied; give messages, or '\\n\\nHuman: ...\\n\\nAssistant:'."
+        )
     closed = prompt.removesuffix(MARKERS["assistant"])
-    start, wholes = write(closed, add_generation_prompt=closed != prompt), [write(prompt + r) for r in responses]
-    if not all(w.startswith(start) for w in wholes): raise ValueError("template: the tokenizer's chat template writes a prompt otherwise when a response follows, so that the two can't be parted; take a tokenizer with another template, or set its chat_template to None.")
+    start, wholes = (
+        write(closed, add_generation_prompt=closed != prompt),
+        [write(prompt + r) for r in responses],
+    )
+    if not all(w.startswith(start) for w in wholes):
+        raise ValueError(
+            "template: the tokenizer's chat template writes a prompt otherwise when a response follows, so that the two can't be parted; take a tokenizer with another template, or set its chat_template to None."
+        )
     return start, [w.removeprefix(start) for w in wholes]
 
-# %% ../nbs/00_data.ipynb #cell-38
+# %% ../nbs/00_data.ipynb #00-038
 def sequence_ends(
-    tokenizer, # a tokenizer of `transformers`
-) -> tuple[list[int], list[int]]: # ids before a sequence, ids after it
+    tokenizer,  # a tokenizer of `transformers`
+) -> tuple[list[int], list[int]]:  # ids before a sequence, ids after it
     "The ids to put around a prompt with a response; raises `ValueError` if there is no end token and no template that closes a reply."
-    if not tokenizer.chat_template: return special_ids(tokenizer)
-    closing = apply_template(tokenizer, MARKERS["user"] + " a" + MARKERS["assistant"], [" qqq"])[1][0].rpartition("qqq")[2]
+    if not tokenizer.chat_template:
+        return special_ids(tokenizer)
+    closing = apply_template(tokenizer, MARKERS["user"] + " a" + MARKERS["assistant"], [" qqq"])[1][
+        0
+    ].rpartition("qqq")[2]
     return [], [] if closing.strip() else special_ids(tokenizer)[1]
 
-# %% ../nbs/00_data.ipynb #cell-42
+# %% ../nbs/00_data.ipynb #00-042
 def split_ids(
-    tokenizer, # a fast tokenizer of `transformers`
-    prompt: str, # the prompt's text
-    responses: list[str], # the texts that follow it
-) -> tuple[list[int], list[list[int]]]: # the prompt's ids; those of each response. Together they are the ids of the whole text
+    tokenizer,  # a fast tokenizer of `transformers`
+    prompt: str,  # the prompt's text
+    responses: list[str],  # the texts that follow it
+) -> tuple[
+    list[int], list[list[int]]
+]:  # the prompt's ids; those of each response. Together they are the ids of the whole text
     "Tokenise a prompt with each of its responses, and part the ids."
-    found = tokenizer([prompt + r for r in responses], add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    n = [next((i for i, (_, end) in enumerate(offsets) if end > len(prompt)), len(offsets)) for offsets in found["offset_mapping"]]
+    found = tokenizer(
+        [prompt + r for r in responses],
+        add_special_tokens=False,
+        return_offsets_mapping=True,
+        verbose=False,
+    )
+    n = [
+        next((i for i, (_, end) in enumerate(offsets) if end > len(prompt)), len(offsets))
+        for offsets in found["offset_mapping"]
+    ]
     shared = len(commonprefix([ids[:k] for ids, k in zip(found["input_ids"], n)]))
     return found["input_ids"][0][:shared], [ids[shared:] for ids in found["input_ids"]]
 
-# %% ../nbs/00_data.ipynb #cell-46
+# %% ../nbs/00_data.ipynb #00-046
 def shorter_prompts(
-    prompt: str, # in HH-RLHF's form
-) -> list[str]: # the prompt, then without its oldest turn, and so on
+    prompt: str,  # in HH-RLHF's form
+) -> list[str]:  # the prompt, then without its oldest turn, and so on
     "Leave out a prompt's turns one by one, the oldest first."
     system = system_text(prompt)
-    turns = split_turns(prompt[len(system):])
-    if len(turns) > 1 and turns[-1] == MARKERS["assistant"]: turns[-2:] = ["".join(turns[-2:])]
+    turns = split_turns(prompt[len(system) :])
+    if len(turns) > 1 and turns[-1] == MARKERS["assistant"]:
+        turns[-2:] = ["".join(turns[-2:])]
     return [system + "".join(turns[i:]) for i in range(len(turns))]
 
-# %% ../nbs/00_data.ipynb #cell-49
+# %% ../nbs/00_data.ipynb #00-049
 def encode_dialogue(
-    tokenizer, # a fast tokenizer of `transformers`
-    ends: tuple[list[int], list[int]], # from `sequence_ends`
-    prompt: str, # in HH-RLHF's form
-    responses: list[str], # that go on with it
-    max_length: int, # most tokens in a sequence
-) -> tuple[list[int], list[list[int]]]: # the prompt's ids, cut so that the longest response fits behind them if it can; each response's ids, never cut
+    tokenizer,  # a fast tokenizer of `transformers`
+    ends: tuple[list[int], list[int]],  # from `sequence_ends`
+    prompt: str,  # in HH-RLHF's form
+    responses: list[str],  # that go on with it
+    max_length: int,  # most tokens in a sequence
+) -> tuple[
+    list[int], list[list[int]]
+]:  # the prompt's ids, cut so that the longest response fits behind them if it can; each response's ids, never cut
     "Token ids of a prompt and its responses, by the chat template if there is one; raises `ValueError` if the template can't."
     for i, text in enumerate(shorter_prompts(prompt)):
-        try: ids, found = split_ids(tokenizer, *apply_template(tokenizer, text, responses))
+        try:
+            ids, found = split_ids(tokenizer, *apply_template(tokenizer, text, responses))
         except ValueError:
-            if not i: raise
-            continue        # the template has no use for what is left, such as a dialogue that the assistant opens
+            if not i:
+                raise
+            continue  # the template has no use for what is left, such as a dialogue that the assistant opens
         room = max_length - len(ends[0]) - max(map(len, found)) - len(ends[1])
-        if len(ids) <= room or room < 0: break
-    return ends[0] + ids[max(len(ids) - max(room, 0), 0):], [r + ends[1] for r in found]
+        if len(ids) <= room or room < 0:
+            break
+    return ends[0] + ids[max(len(ids) - max(room, 0), 0) :], [r + ends[1] for r in found]
 
-# %% ../nbs/00_data.ipynb #cell-52
+# %% ../nbs/00_data.ipynb #00-052
 def encode_pairs(
-    pairs: Dataset, # `prompt, chosen, rejected`, and any other columns, which are kept
-    tokenizer, # a fast tokenizer of `transformers`
-    max_length: int, # most tokens in a sequence (prompt, one response, special tokens)
-) -> tuple[Dataset, dict[str, int]]: # the table with `prompt_ids, chosen_ids, rejected_ids`; dropped pairs by reason
+    pairs: Dataset,  # `prompt, chosen, rejected`, and any other columns, which are kept
+    tokenizer,  # a fast tokenizer of `transformers`
+    max_length: int,  # most tokens in a sequence (prompt, one response, special tokens)
+) -> tuple[
+    Dataset, dict[str, int]
+]:  # the table with `prompt_ids, chosen_ids, rejected_ids`; dropped pairs by reason
     "Turn pairs into token ids that fit; raises `ValueError` if no pair does."
     ends, dropped, said = sequence_ends(tokenizer), Counter(), set()
+
     def encode(batch):
         out = {k: [] for k in (*batch, "prompt_ids", "chosen_ids", "rejected_ids")}
         for row in (dict(zip(batch, values)) for values in zip(*batch.values())):
-            try: prompt, (chosen, rejected) = encode_dialogue(tokenizer, ends, row["prompt"], [row["chosen"], row["rejected"]], max_length)
-            except ValueError as error: dropped["template"] += 1; said.add(str(error)); continue
-            if len(prompt) + max(len(chosen), len(rejected)) > max_length: dropped["too_long"] += 1; continue
-            for k, v in (row | dict(prompt_ids=prompt, chosen_ids=chosen, rejected_ids=rejected)).items(): out[k].append(v)
+            try:
+                prompt, (chosen, rejected) = encode_dialogue(
+                    tokenizer, ends, row["prompt"], [row["chosen"], row["rejected"]], max_length
+                )
+            except ValueError as error:
+                dropped["template"] += 1
+                said.add(str(error))
+                continue
+            if len(prompt) + max(len(chosen), len(rejected)) > max_length:
+                dropped["too_long"] += 1
+                continue
+            for k, v in (
+                row | dict(prompt_ids=prompt, chosen_ids=chosen, rejected_ids=rejected)
+            ).items():
+                out[k].append(v)
         return out
-    encoded = pairs.map(encode, batched=True, desc="tokenise", load_from_cache_file=False, new_fingerprint=f"{pairs._fingerprint}{max_length}")
-    if not len(encoded) and said: raise ValueError(min(said))
-    if not len(encoded): raise ValueError(f"max_length: none of {len(pairs)} pairs fits in {max_length} tokens; raise max_length.")
+
+    encoded = pairs.map(
+        encode,
+        batched=True,
+        desc="tokenise",
+        load_from_cache_file=False,
+        new_fingerprint=f"{pairs._fingerprint}{max_length}",
+    )
+    if not len(encoded) and said:
+        raise ValueError(min(said))
+    if not len(encoded):
+        raise ValueError(
+            f"max_length: none of {len(pairs)} pairs fits in {max_length} tokens; raise max_length."
+        )
     return encoded, dict(dropped)
 
-# %% ../nbs/00_data.ipynb #cell-56
+# %% ../nbs/00_data.ipynb #00-056
 def pad_rows(
-    rows: list[list[int]], # lists of different lengths
-    value: int, # what fills them up
-) -> torch.Tensor: # `[rows, longest]`
+    rows: list[list[int]],  # lists of different lengths
+    value: int,  # what fills them up
+) -> torch.Tensor:  # `[rows, longest]`
     "Pad lists on the right."
-    return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
+    return torch.nn.utils.rnn.pad_sequence(
+        [torch.tensor(row) for row in rows], batch_first=True, padding_value=value
+    )
+
 
 def collate_sequences(
-    sequences: list[list[int]], # token ids
-    pad_token_id: int, # the padding token
-) -> dict[str, torch.Tensor]: # `input_ids` and `attention_mask`, each `[sequences, tokens]`
+    sequences: list[list[int]],  # token ids
+    pad_token_id: int,  # the padding token
+) -> dict[str, torch.Tensor]:  # `input_ids` and `attention_mask`, each `[sequences, tokens]`
     "Pad sequences into a batch."
-    return dict(input_ids=pad_rows(sequences, pad_token_id), attention_mask=pad_rows([[1]*len(s) for s in sequences], 0))
+    return dict(
+        input_ids=pad_rows(sequences, pad_token_id),
+        attention_mask=pad_rows([[1] * len(s) for s in sequences], 0),
+    )
+
 
 def collate_pairs(
-    rows: list[dict], # rows of `encode_pairs`
-    pad_token_id: int, # the padding token
-) -> dict[str, torch.Tensor]: # `input_ids` and `attention_mask`, each `[2·pairs, tokens]`, chosen first
+    rows: list[dict],  # rows of `encode_pairs`
+    pad_token_id: int,  # the padding token
+) -> dict[
+    str, torch.Tensor
+]:  # `input_ids` and `attention_mask`, each `[2·pairs, tokens]`, chosen first
     "Pad pairs into a batch: all chosen sequences, then all rejected ones."
-    return collate_sequences([row["prompt_ids"] + row[side] for side in ("chosen_ids", "rejected_ids") for row in rows], pad_token_id)
-
-# %% ../nbs/00_data.ipynb #cell-60
-def collate_shared(
-    rows: list[tuple[list[int], list[list[int]]]], # prompt ids, and the ids of K responses, K the same in each row
-    pad_token_id: int, # the padding token
-) -> dict[str, torch.Tensor]: # `input_ids`, `position_ids`, `segments` (0 prompt, k response k, −1 padding), each `[batch, tokens]`; `ends` `[batch, K]`
-    "Put each prompt with all its responses into one row; `ends` is where each response's last token stands."
-    ids = [prompt + [t for r in responses for t in r] for prompt, responses in rows]
-    positions = [[*range(len(p)), *(len(p) + i for r in responses for i in range(len(r)))] for p, responses in rows]
-    segments = [[0]*len(p) + [k for k, r in enumerate(responses, start=1) for _ in r] for p, responses in rows]
-    ends = [np.cumsum([len(r) for r in responses]) + len(p) - 1 for p, responses in rows]
-    return dict(input_ids=pad_rows(ids, pad_token_id), position_ids=pad_rows(positions, 0), segments=pad_rows(segments, -1), ends=torch.tensor(np.array(ends)))
-
-# %% ../nbs/00_data.ipynb #cell-61
-def shared_mask(
-    segments: torch.Tensor, # from `collate_shared`, `[batch, tokens]`
-    dtype: torch.dtype = torch.float32, # of the model's hidden states
-) -> torch.Tensor: # `[batch, 1, tokens, tokens]`, added to attention scores: 0 where a token (row) may look, else hugely negative
-    "Let each token see the prompt and its own response, up to itself. Additive, because some models are wrong with a boolean mask."
-    causal = torch.ones(segments.shape[1:]*2, dtype=torch.bool, device=segments.device).tril()
-    sees = causal & ((segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None]))
-    return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill(~sees, torch.finfo(torch.bfloat16).min)[:, None]
+    return collate_sequences(
+        [row["prompt_ids"] + row[side] for side in ("chosen_ids", "rejected_ids") for row in rows],
+        pad_token_id,
+    )

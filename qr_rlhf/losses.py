@@ -4,122 +4,175 @@
 
 # %% auto #0
 __all__ = ['bradley_terry', 'distributional_bradley_terry', 'quantile_huber', 'Objective', 'PaperObjective',
-           'DistributionalObjective']
+           'DistributionalObjective', 'PURM', 'NormalDPL', 'CategoricalDPL']
 
-# %% ../nbs/02_losses.ipynb #cell-3
+# %% ../nbs/02_losses.ipynb #02-003
 import math
-from dataclasses import dataclass
-
+import numpy as np
 import torch
+from dataclasses import dataclass
 from torch.nn.functional import huber_loss, logsigmoid
-
 from .model import normal_quantiles, quantile_levels
 
-# %% ../nbs/02_losses.ipynb #cell-6
+# %% ../nbs/02_losses.ipynb #02-006
 def bradley_terry(
-    chosen: torch.Tensor, # rewards of the chosen responses, `[batch]`
-    rejected: torch.Tensor, # rewards of the rejected responses, `[batch]`
-) -> torch.Tensor: # loss of each pair in nats, `[batch]`
+    chosen: torch.Tensor,  # rewards of the chosen responses, `[batch]`
+    rejected: torch.Tensor,  # rewards of the rejected responses, `[batch]`
+) -> torch.Tensor:  # loss of each pair in nats, `[batch]`
     "−log σ(r_chosen − r_rejected): the Bradley–Terry loss (the paper's eq. 1)."
     return -logsigmoid(chosen.float() - rejected.float())
 
-# %% ../nbs/02_losses.ipynb #cell-10
+# %% ../nbs/02_losses.ipynb #02-010
 def distributional_bradley_terry(
-    chosen: torch.Tensor, # quantiles of the chosen responses, `[..., batch, N]`
-    rejected: torch.Tensor, # quantiles of the rejected responses, `[..., batch, N]`
-) -> torch.Tensor: # loss of each pair in nats, `[..., batch]`
+    chosen: torch.Tensor,  # quantiles of the chosen responses, `[..., batch, N]`
+    rejected: torch.Tensor,  # quantiles of the rejected responses, `[..., batch, N]`
+) -> torch.Tensor:  # loss of each pair in nats, `[..., batch]`
     "−log of the mean of σ(q_i − q_j) over i and j: Bradley–Terry with both rewards drawn from their distributions."
     difference = (chosen.float()[..., :, None] - rejected.float()[..., None, :]).flatten(-2)
     return math.log(difference.shape[-1]) - logsigmoid(difference).logsumexp(-1)
 
-# %% ../nbs/02_losses.ipynb #cell-15
+# %% ../nbs/02_losses.ipynb #02-015
 def quantile_huber(
-    quantiles: torch.Tensor, # predicted quantiles, `[..., batch, N]`
-    targets: torch.Tensor, # what they regress on, `[..., batch, M]`: M equally likely values each
-    kappa: float = 1., # half-width of the rounded corner; 0 is the pinball loss
-) -> torch.Tensor: # loss of each response, averaged over levels and targets, `[..., batch]`
+    quantiles: torch.Tensor,  # predicted quantiles, `[..., batch, N]`
+    targets: torch.Tensor,  # what they regress on, `[..., batch, M]`: M equally likely values each
+    kappa: float = 1.0,  # half-width of the rounded corner; 0 is the pinball loss
+) -> torch.Tensor:  # loss of each response, averaged over levels and targets, `[..., batch]`
     "Quantile Huber loss (QR-DQN, eqs. 9 and 10), averaged over levels."
     u = targets.float()[..., None, :] - quantiles.float()[..., :, None]
     levels = torch.tensor(quantile_levels(quantiles.shape[-1]), device=u.device)[:, None]
-    size = huber_loss(u, torch.zeros_like(u), reduction="none", delta=kappa)/kappa if kappa else u.abs()
+    size = (
+        huber_loss(u, torch.zeros_like(u), reduction="none", delta=kappa) / kappa
+        if kappa
+        else u.abs()
+    )
     return ((levels - (u.detach() < 0).float()).abs() * size).mean((-2, -1))
 
-# %% ../nbs/02_losses.ipynb #cell-23
+# %% ../nbs/02_losses.ipynb #02-023
 class Objective:
     "What the outputs of a reward model mean, and what pairs cost."
-    def quantiles(self, outputs: torch.Tensor) -> torch.Tensor: # `[..., outputs]` to `[..., N]`
+
+    def quantiles(self, outputs: torch.Tensor) -> torch.Tensor:  # `[..., outputs]` to `[..., N]`
         "The predicted quantiles."
         return outputs
 
-    def log_win(self, chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor: # `[..., batch, outputs]` to `[..., batch]`
+    def log_win(
+        self, chosen: torch.Tensor, rejected: torch.Tensor
+    ) -> torch.Tensor:  # `[..., batch, outputs]` to `[..., batch]`
         "Log probability that the chosen response wins."
         raise NotImplementedError
 
-    def vote_loss(self, chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor: # `[..., batch, outputs]` to `[..., batch]`
+    def vote_loss(
+        self, chosen: torch.Tensor, rejected: torch.Tensor
+    ) -> torch.Tensor:  # `[..., batch, outputs]` to `[..., batch]`
         "What one vote for the chosen response costs."
         return -self.log_win(chosen, rejected)
 
-    def pair_loss(self,
-        chosen: torch.Tensor, # outputs for the chosen responses, `[..., batch, outputs]`
-        rejected: torch.Tensor, # outputs for the rejected responses, `[..., batch, outputs]`
-        share: torch.Tensor | None = None, # share of votes for the chosen response, `[..., batch]`; None: one vote
-    ) -> torch.Tensor: # `[..., batch]`
+    def pair_loss(
+        self,
+        chosen: torch.Tensor,  # outputs for the chosen responses, `[..., batch, outputs]`
+        rejected: torch.Tensor,  # outputs for the rejected responses, `[..., batch, outputs]`
+        share: torch.Tensor
+        | None = None,  # share of votes for the chosen response, `[..., batch]`; None: one vote
+    ) -> torch.Tensor:  # `[..., batch]`
         "What each pair costs."
-        if share is None: return self.vote_loss(chosen, rejected)
-        return share*self.vote_loss(chosen, rejected) + (1 - share)*self.vote_loss(rejected, chosen)
+        if share is None:
+            return self.vote_loss(chosen, rejected)
+        return share * self.vote_loss(chosen, rejected) + (1 - share) * self.vote_loss(
+            rejected, chosen
+        )
 
-    def penalty(self, chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor | float: # `[..., batch, outputs]` to `[...]`
+    def penalty(
+        self, chosen: torch.Tensor, rejected: torch.Tensor
+    ) -> torch.Tensor | float:  # `[..., batch, outputs]` to `[...]`
         "What the batch costs beyond its pairs."
-        return 0.
+        return 0.0
 
-    def __call__(self, chosen: torch.Tensor, rejected: torch.Tensor, share: torch.Tensor | None = None) -> torch.Tensor: # a scalar
+    def __call__(
+        self, chosen: torch.Tensor, rejected: torch.Tensor, share: torch.Tensor | None = None
+    ) -> torch.Tensor:  # a scalar
         "The loss of a batch of pairs."
-        return (self.pair_loss(chosen, rejected, share).mean(-1) + self.penalty(chosen, rejected)).mean()
+        return (
+            self.pair_loss(chosen, rejected, share).mean(-1) + self.penalty(chosen, rejected)
+        ).mean()
 
-# %% ../nbs/02_losses.ipynb #cell-25
+# %% ../nbs/02_losses.ipynb #02-025
 @dataclass(frozen=True)
 class PaperObjective(Objective):
     "Bradley–Terry plus weighted quantile Huber loss over a batch of pairs; the paper's objective with its open points as options."
-    target: str = "label" # what the quantiles regress on: `label`, `shift` or `none`
-    weight: float = 1. # weight of the quantile Huber loss
-    kappa: float = 1. # κ of the quantile Huber loss
-    chosen_label: float = 1. # `label`: target of the chosen response
-    rejected_label: float = -1. # `label`: target of the rejected response
-    margin: float = 1. # `shift`: how far chosen should lie above rejected
-    link: str = "mean" # what enters eq. 1: `mean` of the quantiles, or `distributional`
+
+    target: str = "label"  # what the quantiles regress on: `label`, `shift` or `none`
+    weight: float = 1.0  # weight of the quantile Huber loss
+    kappa: float = 1.0  # κ of the quantile Huber loss
+    chosen_label: float = 1.0  # `label`: target of the chosen response
+    rejected_label: float = -1.0  # `label`: target of the rejected response
+    margin: float = 1.0  # `shift`: how far chosen should lie above rejected
+    link: str = "mean"  # what enters eq. 1: `mean` of the quantiles, or `distributional`
 
     def __post_init__(self):
-        for name, known in dict(target=("label", "shift", "none"), link=("mean", "distributional")).items():
-            if getattr(self, name) not in known: raise ValueError(f"{name}: {getattr(self, name)!r} is unknown; choose one of {', '.join(known)}.")
-        if self.kappa < 0 or self.weight < 0: raise ValueError(f"kappa and weight: {self.kappa} and {self.weight} were given; neither may be negative.")
+        for name, known in dict(
+            target=("label", "shift", "none"), link=("mean", "distributional")
+        ).items():
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"{name}: {getattr(self, name)!r} is unknown; choose one of {', '.join(known)}."
+                )
+        if self.kappa < 0 or self.weight < 0:
+            raise ValueError(
+                f"kappa and weight: {self.kappa} and {self.weight} were given; neither may be negative."
+            )
 
     def log_win(self, chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
         "Log probability that the chosen response wins (eq. 1), `[..., batch]`."
-        return -(bradley_terry(chosen.mean(-1), rejected.mean(-1)) if self.link == "mean" else distributional_bradley_terry(chosen, rejected))
+        return -(
+            bradley_terry(chosen.mean(-1), rejected.mean(-1))
+            if self.link == "mean"
+            else distributional_bradley_terry(chosen, rejected)
+        )
 
     def vote_loss(self, chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
         "Bradley–Terry plus weighted quantile Huber loss, `[..., batch]`."
         preference = -self.log_win(chosen, rejected)
-        if self.target == "none": return preference
-        if self.target == "label": targets = (torch.full_like(chosen[..., :1], label) for label in (self.chosen_label, self.rejected_label))
-        else: targets = rejected.detach() + self.margin, chosen.detach() - self.margin
-        return preference + self.weight*sum(quantile_huber(quantiles, target, self.kappa) for quantiles, target in zip((chosen, rejected), targets))/2
+        if self.target == "none":
+            return preference
+        if self.target == "label":
+            targets = (
+                torch.full_like(chosen[..., :1], label)
+                for label in (self.chosen_label, self.rejected_label)
+            )
+        else:
+            targets = rejected.detach() + self.margin, chosen.detach() - self.margin
+        return (
+            preference
+            + self.weight
+            * sum(
+                quantile_huber(quantiles, target, self.kappa)
+                for quantiles, target in zip((chosen, rejected), targets)
+            )
+            / 2
+        )
 
-# %% ../nbs/02_losses.ipynb #cell-35
+# %% ../nbs/02_losses.ipynb #02-035
 @dataclass(frozen=True)
 class DistributionalObjective(Objective):
-    "Likelihood of the vote when both rewards are drawn from the predicted distributions; with normal quantiles the Gaussian model of PURM (arXiv 2503.22480), pooled."
-    shape: str = "normal" # `normal`: outputs are μ and log s, quantiles μ + s·z_i; `free`: outputs are the quantiles, in any order
-    pool: float = .001 # weight of the variance of log s over a batch
-    n: int = 10 # quantiles, N
+    "Likelihood of the vote when both rewards are drawn from the predicted distributions; with normal quantiles the PURM model of PURM (arXiv 2503.22480), pooled."
+
+    family: str = "normal"  # `normal`: outputs are μ and log s, quantiles μ + s·z_i; `free`: outputs are the quantiles, in any order
+    pool: float = 0.001  # weight of the variance of log s over a batch
+    n: int = 10  # quantiles, N
 
     def __post_init__(self):
-        if self.shape not in ("normal", "free"): raise ValueError(f"shape: {self.shape!r} is unknown; choose one of normal, free.")
-        if self.pool < 0: raise ValueError(f"pool: {self.pool} was given; it may not be negative.")
+        if self.family not in ("normal", "free"):
+            raise ValueError(f"family: {self.family!r} is unknown; choose one of normal, free.")
+        if self.pool < 0:
+            raise ValueError(f"pool: {self.pool} was given; it may not be negative.")
 
     def quantiles(self, outputs: torch.Tensor) -> torch.Tensor:
         "The predicted quantiles in order, `[..., N]`."
-        return normal_quantiles(outputs, self.n) if self.shape == "normal" else outputs.sort(-1).values
+        return (
+            normal_quantiles(outputs, self.n)
+            if self.family == "normal"
+            else outputs.sort(-1).values
+        )
 
     def log_win(self, chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
         "Log probability that the chosen response wins, `[..., batch]`."
@@ -127,4 +180,73 @@ class DistributionalObjective(Objective):
 
     def penalty(self, chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor | float:
         "The pool: weighted variance of log s over the batch, `[...]`."
-        return self.pool*torch.cat([chosen[..., 1], rejected[..., 1]], -1).float().var(-1) if self.shape == "normal" and self.pool else 0.
+        return (
+            self.pool * torch.cat([chosen[..., 1], rejected[..., 1]], -1).float().var(-1)
+            if self.family == "normal" and self.pool
+            else 0.0
+        )
+
+# %% ../nbs/02_losses.ipynb #02-044
+@dataclass(frozen=True)
+class PURM(Objective):
+    "Normal rewards with unit logistic noise: the probabilistic uncertain reward model (arXiv 2503.22480), its integral by quadrature."
+
+    n: int = 10  # quantiles to read
+
+    def quantiles(
+        self, outputs: torch.Tensor
+    ) -> torch.Tensor:  # μ and log σ, `[..., 2]`, to `[..., N]`
+        "The predicted quantiles."
+        return normal_quantiles(outputs, self.n)
+
+    def log_win(
+        self,
+        chosen: torch.Tensor,  # outputs for the chosen responses, `[..., 2]`
+        rejected: torch.Tensor,  # outputs for the rejected responses, `[..., 2]`
+    ) -> torch.Tensor:  # `[...]`
+        "Log probability that chosen beats rejected."
+        nodes, weights = (
+            torch.from_numpy(x).to(chosen) for x in np.polynomial.hermite_e.hermegauss(16)
+        )
+        sd = torch.logaddexp(2 * chosen[..., 1], 2 * rejected[..., 1]).mul(0.5).exp()
+        difference = (chosen[..., 0] - rejected[..., 0])[..., None] + sd[..., None] * nodes
+        return (logsigmoid(difference) + (weights / weights.sum()).log()).logsumexp(-1)
+
+# %% ../nbs/02_losses.ipynb #02-048
+@dataclass(frozen=True)
+class NormalDPL(PURM):
+    "Normal rewards without further noise: mean-and-variance distributional preference learning (Siththaranjan et al. 2023)."
+
+    def log_win(self, chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
+        "Log probability that chosen beats rejected: log Φ((μ_c − μ_r)/√(σ_c² + σ_r²)), `[...]`."
+        sd = torch.logaddexp(2 * chosen[..., 1], 2 * rejected[..., 1]).mul(0.5).exp()
+        return torch.special.log_ndtr((chosen[..., 0] - rejected[..., 0]) / sd)
+
+# %% ../nbs/02_losses.ipynb #02-051
+@dataclass(frozen=True)
+class CategoricalDPL(Objective):
+    "Rewards on K evenly spaced values in [0, 1]: categorical distributional preference learning (Siththaranjan et al. 2023)."
+
+    n: int = 10  # quantiles to read
+
+    def quantiles(
+        self, outputs: torch.Tensor
+    ) -> torch.Tensor:  # K logits, `[..., K]`, to `[..., N]`, in [0, 1]
+        "The predicted quantiles."
+        share = outputs.softmax(-1)
+        edges = torch.nn.functional.pad(share.cumsum(-1), (1, 0)).contiguous()
+        levels = (
+            ((torch.arange(self.n, device=outputs.device) + 0.5) / self.n)
+            .expand(*outputs.shape[:-1], self.n)
+            .contiguous()
+        )
+        cell = (torch.searchsorted(edges, levels) - 1).clamp(0, share.shape[-1] - 1)
+        return (cell + (levels - edges.gather(-1, cell)) / share.gather(-1, cell)) / share.shape[-1]
+
+    def log_win(self, chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
+        "Log probability that chosen beats rejected, a tie counting half, `[...]`."
+        p, q = chosen.log_softmax(-1), rejected.log_softmax(-1)
+        below = torch.cat(
+            [torch.full_like(q[..., :1], -torch.inf), q[..., :-1].logcumsumexp(-1)], -1
+        )  # log P(R_r < each value)
+        return torch.logaddexp(p + below, p + q - math.log(2)).logsumexp(-1)

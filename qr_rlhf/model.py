@@ -4,45 +4,54 @@
 
 # %% auto #0
 __all__ = ['quantile_levels', 'normal_quantiles', 'RewardDistribution', 'cvar_weights', 'local_or_hub', 'load_tokenizer',
-           'train_tokenizer', 'tiny_gpt2', 'load_reward_model', 'find_head', 'reading_at', 'shared_quantiles',
-           'shares_prompt', 'read_quantiles', 'to_scalar']
+           'train_tokenizer', 'tiny_gpt2', 'load_reward_model', 'read_quantiles', 'to_scalar', 'score']
 
-# %% ../nbs/01_model.ipynb #cell-3
+# %% ../nbs/01_model.ipynb #01-003
 import copy
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-
+import numpy as np
 import torch
+from dataclasses import dataclass
 from huggingface_hub import HfApi
+from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, GPT2Config, GPT2LMHeadModel,
-                          PreTrainedModel, PreTrainedTokenizerFast, set_seed)
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    set_seed,
+)
+from .data import collate_sequences, encode_dialogue, sequence_ends, special_ids
+from .formats import MARKERS, messages_to_text
+from .packing import collate_shared, find_head, shared_quantiles, shares_prompt
+from .sources import root_path
 
-from .data import collate_sequences, collate_shared, root_path, shared_mask, special_ids
-
-# %% ../nbs/01_model.ipynb #cell-8
+# %% ../nbs/01_model.ipynb #01-008
 def quantile_levels(
-    n: int, # number of quantiles, N
-) -> list[float]: # levels τ_i = (2i+1)/(2N), in increasing order
+    n: int,  # number of quantiles, N
+) -> list[float]:  # levels τ_i = (2i+1)/(2N), in increasing order
     "The quantile levels of a model with N outputs (QR-DQN, lemma 2)."
-    return [(2*i + 1)/(2*n) for i in range(n)]
+    return [(2 * i + 1) / (2 * n) for i in range(n)]
 
-# %% ../nbs/01_model.ipynb #cell-12
+# %% ../nbs/01_model.ipynb #01-012
 def normal_quantiles(
-    outputs: torch.Tensor, # μ and log s, `[..., 2]`; log s is kept between −8 and 8
-    n: int, # number of quantiles, N
-) -> torch.Tensor: # `[..., N]`
+    outputs: torch.Tensor,  # μ and log s, `[..., 2]`; log s is kept between −8 and 8
+    n: int,  # number of quantiles, N
+) -> torch.Tensor:  # `[..., N]`
     "Quantiles of normal distributions."
     mean, log_scale = outputs.float().unbind(-1)
     z = torch.special.ndtri(torch.tensor(quantile_levels(n), device=outputs.device))
-    return mean[..., None] + log_scale.clamp(-8, 8).exp()[..., None]*z
+    return mean[..., None] + log_scale.clamp(-8, 8).exp()[..., None] * z
 
-# %% ../nbs/01_model.ipynb #cell-16
+# %% ../nbs/01_model.ipynb #01-016
 @dataclass(frozen=True)
 class RewardDistribution:
     "Reward distributions given by equally likely quantiles `[..., N]`, in the order of their levels."
-    quantiles: torch.Tensor # `[..., N]`, at the levels `quantile_levels(N)`
+
+    quantiles: torch.Tensor  # `[..., N]`, at the levels `quantile_levels(N)`
 
     @property
     def levels(self) -> torch.Tensor:
@@ -53,34 +62,49 @@ class RewardDistribution:
         "Mean reward, `[...]`."
         return self.quantiles.mean(-1)
 
-    def quantile(self,
-        level: float, # between the lowest and the highest level
+    def quantile(
+        self,
+        level: float,  # between the lowest and the highest level
     ) -> torch.Tensor:
         "Quantile at any level, interpolated between neighbouring levels, `[...]`; raises `ValueError` outside them."
         n = self.quantiles.shape[-1]
-        at = level*n - .5
-        if not -1e-6 <= at <= n - 1 + 1e-6: raise ValueError(f"level: {level} is outside the {n} predicted levels, {1/(2*n):g} to {1 - 1/(2*n):g}.")
+        at = level * n - 0.5
+        if not -1e-6 <= at <= n - 1 + 1e-6:
+            raise ValueError(
+                f"level: {level} is outside the {n} predicted levels, {1 / (2 * n):g} to {1 - 1 / (2 * n):g}."
+            )
         low = min(max(int(at + 1e-9), 0), max(n - 2, 0))
-        return torch.lerp(self.quantiles[..., low], self.quantiles[..., min(low + 1, n - 1)], min(max(at - low, 0.), 1.))
+        return torch.lerp(
+            self.quantiles[..., low],
+            self.quantiles[..., min(low + 1, n - 1)],
+            min(max(at - low, 0.0), 1.0),
+        )
 
-    def cvar(self,
-        alpha: float, # share of the lower tail, in (0, 1]
+    def cvar(
+        self,
+        alpha: float,  # share of the lower tail, in (0, 1]
     ) -> torch.Tensor:
         "Conditional value at risk: mean of the lowest share `alpha` of rewards, `[...]`."
-        return self.quantiles @ torch.tensor(cvar_weights(self.quantiles.shape[-1], alpha)).to(self.quantiles)
+        return self.quantiles @ torch.tensor(cvar_weights(self.quantiles.shape[-1], alpha)).to(
+            self.quantiles
+        )
 
-    def interquantile_range(self,
-        low: float = .1, # lower level
-        high: float = .9, # upper level
+    def interquantile_range(
+        self,
+        low: float = 0.1,  # lower level
+        high: float = 0.9,  # upper level
     ) -> torch.Tensor:
         "Distance between two quantiles, `[...]`: the spread."
         return self.quantile(high) - self.quantile(low)
 
-    def prob_beats(self,
-        other: "RewardDistribution", # of as many responses; its N may differ
+    def prob_beats(
+        self,
+        other: "RewardDistribution",  # of as many responses; its N may differ
     ) -> torch.Tensor:
         "Probability of being preferred to `other`, `[...]`: the mean of σ(q_i − q_j) over independent draws of both rewards."
-        return torch.sigmoid(self.quantiles[..., :, None] - other.quantiles[..., None, :]).mean((-2, -1))
+        return torch.sigmoid(self.quantiles[..., :, None] - other.quantiles[..., None, :]).mean(
+            (-2, -1)
+        )
 
     def rearranged(self) -> "RewardDistribution":
         "The same values in increasing order (rearrangement; Chernozhukov, Fernández-Val, Galichon 2010)."
@@ -88,182 +112,265 @@ class RewardDistribution:
 
     def crossing_rate(self) -> torch.Tensor:
         "Share of neighbouring levels of which the higher has the lower quantile, `[...]`."
-        return (self.quantiles.diff(dim=-1) < 0).float().mean(-1) if self.quantiles.shape[-1] > 1 else torch.zeros(self.quantiles.shape[:-1])
+        return (
+            (self.quantiles.diff(dim=-1) < 0).float().mean(-1)
+            if self.quantiles.shape[-1] > 1
+            else torch.zeros(self.quantiles.shape[:-1])
+        )
 
-# %% ../nbs/01_model.ipynb #cell-18
+# %% ../nbs/01_model.ipynb #01-018
 def cvar_weights(
-    n: int, # number of quantiles
-    alpha: float, # share of the lower tail, in (0, 1]
-) -> list[float]: # N weights that sum to 1
+    n: int,  # number of quantiles
+    alpha: float,  # share of the lower tail, in (0, 1]
+) -> list[float]:  # N weights that sum to 1
     "The weights with which the quantiles enter CVaR; raises `ValueError` for `alpha` outside (0, 1]."
-    if not 0 < alpha <= 1: raise ValueError(f"alpha: {alpha} is no share of the lower tail; give a number above 0 and at most 1.")
-    return [min(max(alpha*n - i, 0.), 1.)/(alpha*n) for i in range(n)]
+    if not 0 < alpha <= 1:
+        raise ValueError(
+            f"alpha: {alpha} is no share of the lower tail; give a number above 0 and at most 1."
+        )
+    return [min(max(alpha * n - i, 0.0), 1.0) / (alpha * n) for i in range(n)]
 
-# %% ../nbs/01_model.ipynb #cell-22
+# %% ../nbs/01_model.ipynb #01-022
 def local_or_hub(
-    load: callable, # a `from_pretrained`
-    name: str | Path, # folder (relative to the repository root) or id on the Hub
-    **kwargs, # passed on
+    load: callable,  # a `from_pretrained`
+    name: str | Path,  # folder (relative to the repository root) or id on the Hub
+    **kwargs,  # passed on
 ):
     "Call `from_pretrained` on a folder, the cache, or the Hub; raises `ValueError` within seconds if none of them has it."
     folder, alone = root_path(name), dict(local_files_only=True)
-    if hasattr(getattr(load, "__self__", None), "_model_mapping"): alone["adapter_kwargs"] = dict(alone)      # where peft is installed, a model's adapter is looked for too
-    try: return load(folder if folder.is_dir() else str(name), **alone, **kwargs)
-    except (OSError, ValueError, RuntimeError) as error: problem = str(error).strip().splitlines()[0][:200]
-    if folder.is_dir(): raise ValueError(f"backbone: {folder} can't be loaded ({problem}); give a folder with a model and its tokenizer, weights as safetensors.") from None
+    if hasattr(getattr(load, "__self__", None), "_model_mapping"):
+        alone["adapter_kwargs"] = dict(
+            alone
+        )  # where peft is installed, a model's adapter is looked for too
+    try:
+        return load(folder if folder.is_dir() else str(name), **alone, **kwargs)
+    except (OSError, ValueError, RuntimeError) as error:
+        problem = str(error).strip().splitlines()[0][:200]
+    if folder.is_dir():
+        raise ValueError(
+            f"backbone: {folder} can't be loaded ({problem}); give a folder with a model and its tokenizer, weights as safetensors."
+        ) from None
     try:
         HfApi().model_info(str(name), timeout=5)
         return load(str(name), **kwargs)
     except Exception as error:
-        raise ValueError(f"backbone: '{name}' is no folder and can't be had from the Hub ({type(error).__name__}); check the name and the network, "
-                         "or give a local folder with the model and its tokenizer.") from None
+        raise ValueError(
+            f"backbone: '{name}' is no folder and can't be had from the Hub ({type(error).__name__}); check the name and the network, "
+            "or give a local folder with the model and its tokenizer."
+        ) from None
 
-# %% ../nbs/01_model.ipynb #cell-23
+# %% ../nbs/01_model.ipynb #01-023
 def load_tokenizer(
-    name: str | Path, # folder or id on the Hub
-): # a fast tokenizer with an end token and a padding token of its own
+    name: str | Path,  # folder or id on the Hub
+):  # a fast tokenizer with an end token and a padding token of its own
     "Load a tokenizer and see to its padding token; raises `ValueError` if it can't be had or makes no tokens."
     tokenizer = local_or_hub(AutoTokenizer.from_pretrained, name)
-    if not tokenizer.is_fast: raise ValueError(f"backbone: the tokenizer of {name} is not a fast one; save it with a tokenizer.json.")
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"backbone: the tokenizer of {name} is not a fast one; save it with a tokenizer.json."
+        )
     ids = tokenizer("Hello, world!", add_special_tokens=False)["input_ids"]
-    if not ids or set(ids) == {tokenizer.unk_token_id}: raise ValueError(f"backbone: the tokenizer of {name} makes no tokens of a text; give a folder with its tokenizer.json.")
+    if not ids or set(ids) == {tokenizer.unk_token_id}:
+        raise ValueError(
+            f"backbone: the tokenizer of {name} makes no tokens of a text; give a folder with its tokenizer.json."
+        )
     end = special_ids(tokenizer)[1][-1]
-    if tokenizer.pad_token_id in (None, end): tokenizer.add_special_tokens(dict(pad_token="<|pad|>"))
+    if tokenizer.pad_token_id in (None, end):
+        tokenizer.add_special_tokens(dict(pad_token="<|pad|>"))
     return tokenizer
 
-# %% ../nbs/01_model.ipynb #cell-25
+# %% ../nbs/01_model.ipynb #01-025
 def train_tokenizer(
-    texts: list[str], # training text
-    vocab_size: int, # number of tokens; at least 256 bytes and 2 special tokens
-) -> PreTrainedTokenizerFast: # with `<|endoftext|>` and `<|pad|>`
+    texts: list[str],  # training text
+    vocab_size: int,  # number of tokens; at least 256 bytes and 2 special tokens
+) -> PreTrainedTokenizerFast:  # with `<|endoftext|>` and `<|pad|>`
     "Learn a byte-level BPE, as GPT-2's tokenizer is one."
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=["<|endoftext|>", "<|pad|>"], show_progress=False,
-                                                       initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>", pad_token="<|pad|>")
+    bpe.pre_tokenizer, bpe.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
+    bpe.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=["<|endoftext|>", "<|pad|>"],
+            show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token="<|endoftext|>", pad_token="<|pad|>"
+    )
 
-# %% ../nbs/01_model.ipynb #cell-26
+# %% ../nbs/01_model.ipynb #01-026
 def tiny_gpt2(
-    tokenizer, # its vocabulary sets the model's
-    max_length: int, # longest sequence in tokens
-    n_layer: int, # transformer blocks
-    n_embd: int, # width
-    n_head: int, # attention heads
-    seed: int, # of the random weights
-) -> GPT2LMHeadModel: # with random weights and no dropout: it sees its text a few times only
+    tokenizer,  # its vocabulary sets the model's
+    max_length: int,  # longest sequence in tokens
+    n_layer: int,  # transformer blocks
+    n_embd: int,  # width
+    n_head: int,  # attention heads
+    seed: int,  # of the random weights
+) -> GPT2LMHeadModel:  # with random weights and no dropout: it sees its text a few times only
     "Make a GPT-2 of any size from scratch."
     set_seed(seed)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_positions=max_length, n_layer=n_layer, n_embd=n_embd, n_head=n_head,
-        resid_pdrop=0., embd_pdrop=0., attn_pdrop=0., bos_token_id=tokenizer.eos_token_id,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=len(tokenizer),
+            n_positions=max_length,
+            n_layer=n_layer,
+            n_embd=n_embd,
+            n_head=n_head,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            bos_token_id=tokenizer.eos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
 
-# %% ../nbs/01_model.ipynb #cell-30
+# %% ../nbs/01_model.ipynb #01-030
 def load_reward_model(
-    name: str | Path, # folder or id on the Hub: a backbone, or a reward model with n outputs
-    tokenizer, # its tokenizer, from `load_tokenizer`
-    n: int, # number of outputs: 1 for a scalar model, 10 for the paper's quantiles
-    seed: int = 0, # of the new head's weights
-    dropout: float | None = None, # of every dropout layer; None keeps the backbone's own
-    family: str | None = None, # None: as the checkpoint says, or else the outputs are the quantiles; `normal`: two outputs, μ and log s; `free`: the quantiles in any order
-    **kwargs, # passed to `from_pretrained`, such as `dtype` (float32 when nothing is said: small steps vanish in weights of 16 bits) or `device_map`
-) -> PreTrainedModel: # an `AutoModelForSequenceClassification`
+    name: str | Path,  # folder or id on the Hub: a backbone, or a reward model with n outputs
+    tokenizer,  # its tokenizer, from `load_tokenizer`
+    n: int,  # number of outputs: 1 for a scalar model, 10 for the paper's quantiles
+    seed: int = 0,  # of the new head's weights
+    dropout: float | None = None,  # of every dropout layer; None keeps the backbone's own
+    family: str
+    | None = None,  # None: as the checkpoint says, or else the outputs are the quantiles; `normal`: two outputs, μ and log s; `free`: the quantiles in any order
+    **kwargs,  # passed to `from_pretrained`, such as `dtype` (float32 when nothing is said: small steps vanish in weights of 16 bits) or `device_map`
+) -> PreTrainedModel:  # an `AutoModelForSequenceClassification`
     "Load a backbone with a head of n outputs; raises `ValueError` if it can't be had, or has no dropout layer to set."
     set_seed(seed)
     config = local_or_hub(AutoConfig.from_pretrained, name)
-    family, trained = family or getattr(config, "quantile_family", None), len(getattr(config, "quantile_levels", [])) or n
-    if trained != n and family != "normal": raise ValueError(f"n: {n} outputs were asked for, but {name} is a reward model with {trained}; give n={trained}.")
-    model = local_or_hub(AutoModelForSequenceClassification.from_pretrained, name, num_labels=2 if family == "normal" else n, use_safetensors=True, **dict(dtype=torch.float32) | kwargs)
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings: model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    family, trained = (
+        family or getattr(config, "quantile_family", None),
+        len(getattr(config, "quantile_levels", [])) or n,
+    )
+    if trained != n and family != "normal":
+        raise ValueError(
+            f"n: {n} outputs were asked for, but {name} is a reward model with {trained}; give n={trained}."
+        )
+    model = local_or_hub(
+        AutoModelForSequenceClassification.from_pretrained,
+        name,
+        num_labels=2 if family == "normal" else n,
+        use_safetensors=True,
+        **dict(dtype=torch.float32) | kwargs,
+    )
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     model.config.get_text_config().pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
     model.config.quantile_levels, model.config.quantile_family = quantile_levels(n), family
     if dropout is not None:
         layers = [m for m in model.modules() if isinstance(m, torch.nn.Dropout)]
-        if dropout and not layers: raise ValueError(f"dropout: {type(model).__name__} has no dropout layers; leave dropout out.")
-        for layer in layers: layer.p = dropout
+        if dropout and not layers:
+            raise ValueError(
+                f"dropout: {type(model).__name__} has no dropout layers; leave dropout out."
+            )
+        for layer in layers:
+            layer.p = dropout
     return model
 
-# %% ../nbs/01_model.ipynb #cell-42
-def find_head(
-    model: PreTrainedModel, # a reward model with N outputs
-) -> torch.nn.Linear: # its last linear layer
-    "Find the layer that puts out the quantiles."
-    return [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m.out_features == model.config.num_labels][-1]
-
-@contextmanager
-def reading_at(
-    model: PreTrainedModel, # a reward model without wrappers, whose head sees every token
-    ends: torch.Tensor, # where to read, `[batch, K]`
-):
-    "Within this context the model puts out `[batch, K·N]`: its outputs at K tokens of each row."
-    def read(head, inputs, outputs): # outputs `[batch, tokens, N]`
-        at_ends = outputs.gather(1, ends[..., None].expand(-1, -1, outputs.shape[-1]))
-        return at_ends.flatten(1)[:, None].expand(-1, outputs.shape[1], -1)
-    hook = find_head(model).register_forward_hook(read)
-    try: yield
-    finally: hook.remove()
-
-# %% ../nbs/01_model.ipynb #cell-43
-def shared_quantiles(
-    model, # a reward model, wrapped or not
-    batch: dict[str, torch.Tensor], # from `collate_shared`
-    inner: PreTrainedModel | None = None, # the reward model inside its wrappers; None: there are none
-) -> torch.Tensor: # `[batch, K, N]`
-    "Quantiles of K responses to each prompt, the prompt computed once."
-    inner = inner or model
-    with reading_at(inner, batch["ends"]):
-        out = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], attention_mask=shared_mask(batch["segments"], inner.dtype), use_cache=False).logits
-    return out.unflatten(-1, (batch["ends"].shape[1], -1))
-
-# %% ../nbs/01_model.ipynb #cell-47
-def shares_prompt(
-    model: PreTrainedModel, # a reward model
-    pad_token_id: int, # the padding token
-    longest: int, # tokens in the longest sequence that will come
-) -> bool: # whether both ways give the same quantiles
-    "Find out whether a model computes the same on one row with a shared prompt as on separate sequences."
-    window = getattr(model.config.get_text_config(), "sliding_window", None)
-    n = longest if window else min(longest, 48)
-    ids = torch.arange(3*n, device=model.device) % (model.config.get_text_config().vocab_size - 1)
-    ids = (ids + (ids == pad_token_id)).tolist()
-    prompt, *responses = ids[:n//3], ids[n:n + (n - n//3)], ids[2*n:2*n + (n - n//3)//2 + 1]
-    to_device = lambda batch: {k: v.to(model.device) for k, v in batch.items()}
-    training = model.training
-    try:
-        with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
-            model.eval()
-            separate = model(**to_device(collate_sequences([prompt + r for r in responses], pad_token_id))).logits.float()
-            shared = shared_quantiles(model, to_device(collate_shared([(prompt, responses)], pad_token_id)))[0].float()
-        return bool((shared - separate).abs().max() <= (1e-4 if model.dtype == torch.float32 else .1)*(separate.abs().max() + 1e-6))
-    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError): return False     # it can't take such a row at all
-    finally: model.train(training)
-
-# %% ../nbs/01_model.ipynb #cell-51
+# %% ../nbs/01_model.ipynb #01-042
 def read_quantiles(
-    outputs: torch.Tensor, # a reward model's logits, `[..., outputs]`
-    config, # its configuration
-) -> torch.Tensor: # `[..., N]`
+    outputs: torch.Tensor,  # a reward model's logits, `[..., outputs]`
+    config,  # its configuration
+) -> torch.Tensor:  # `[..., N]`
     "Quantiles from a model's outputs, as its configuration says."
     family = getattr(config, "quantile_family", None)
-    if family == "normal": return normal_quantiles(outputs, len(config.quantile_levels))
+    if family == "normal":
+        return normal_quantiles(outputs, len(config.quantile_levels))
     return outputs.sort(-1).values if family == "free" else outputs
 
-# %% ../nbs/01_model.ipynb #cell-55
+# %% ../nbs/01_model.ipynb #01-046
 def to_scalar(
-    model: PreTrainedModel, # a reward model with N outputs
-    weights: list[float] | None = None, # N weights, such as `cvar_weights(10, .2)`; None means uniform, the mean of the quantiles
-) -> PreTrainedModel: # a copy with one output, for any tool that takes a reward model
+    model: PreTrainedModel,  # a reward model with N outputs
+    weights: list[float]
+    | None = None,  # N weights, such as `cvar_weights(10, .2)`; None means uniform, the mean of the quantiles
+) -> PreTrainedModel:  # a copy with one output, for any tool that takes a reward model
     "Fold a weighted mean of the quantiles into a head with one output; raises `ValueError` for weights of another length, or where that mean is not linear in the outputs."
     n, family = model.config.num_labels, getattr(model.config, "quantile_family", None)
-    if family and weights is not None: raise ValueError(f"weights: this model's quantiles are not its outputs (quantile_family is {family!r}), so only their mean can be folded; leave weights out.")
-    weights = ([1., 0.] if family == "normal" else [1/n]*n) if weights is None else list(weights)
-    if len(weights) != n: raise ValueError(f"weights: {len(weights)} were given for a model with {n} outputs; give {n}.")
+    if family and weights is not None:
+        raise ValueError(
+            f"weights: this model's quantiles are not its outputs (quantile_family is {family!r}), so only their mean can be folded; leave weights out."
+        )
+    weights = (
+        ([1.0, 0.0] if family == "normal" else [1 / n] * n) if weights is None else list(weights)
+    )
+    if len(weights) != n:
+        raise ValueError(
+            f"weights: {len(weights)} were given for a model with {n} outputs; give {n}."
+        )
     model = copy.deepcopy(model)
     head = find_head(model)
     weights = torch.tensor([weights], device=head.weight.device)
     with torch.no_grad():
         head.weight = torch.nn.Parameter((weights @ head.weight.float()).to(head.weight))
-        if head.bias is not None: head.bias = torch.nn.Parameter((weights @ head.bias.float()).to(head.bias))
+        if head.bias is not None:
+            head.bias = torch.nn.Parameter((weights @ head.bias.float()).to(head.bias))
     head.out_features = model.num_labels = model.config.num_labels = 1
     model.config.quantile_levels, model.config.quantile_family = quantile_levels(1), None
     return model
+
+# %% ../nbs/01_model.ipynb #01-050
+def score(
+    model: PreTrainedModel,  # a reward model
+    tokenizer,  # its tokenizer
+    prompt: str
+    | list[
+        dict
+    ],  # a dialogue up to the reply, such as `"\n\nHuman: Why?\n\nAssistant:"`, or chat messages
+    responses: list[
+        str | list[dict]
+    ],  # replies to it, such as `" Because."`; or, where the prompt is messages, `"Because."` or messages
+    max_length: int
+    | None = None,  # most tokens in a sequence; None: as many as the model has positions
+    row_tokens: int = 1024,  # most response tokens that are computed together
+) -> torch.Tensor:  # quantiles `[responses, N]`, float32
+    "Score responses to one prompt, which is cut as in training; raises `ValueError` for a response that doesn't fit."
+    if not isinstance(prompt, str):
+        prompt, replies = (
+            messages_to_text(prompt) + MARKERS["assistant"],
+            [[dict(role="assistant", content=r)] if isinstance(r, str) else r for r in responses],
+        )
+        responses = [messages_to_text(r).removeprefix(MARKERS["assistant"]) for r in replies]
+    model, limit = (
+        model.eval(),
+        max_length or model.config.get_text_config().max_position_embeddings,
+    )
+    start, ids = encode_dialogue(tokenizer, sequence_ends(tokenizer), prompt, responses, limit)
+    longest = max(map(len, ids))
+    if len(start) + longest > limit:
+        raise ValueError(
+            f"responses: response {int(np.argmax([len(i) for i in ids]))} has {longest} tokens with its end token, but a sequence may have {limit}; leave it out."
+        )
+    order, quantiles = np.argsort([len(i) for i in ids]), [None] * len(ids)
+    groups = np.cumsum([len(ids[i]) for i in order]) // row_tokens
+    shared = shares_prompt(model, tokenizer.pad_token_id, len(start) + longest)
+    for group in np.unique(groups):
+        chunk = order[groups == group]
+        with torch.no_grad():
+            if shared:
+                out = shared_quantiles(
+                    model,
+                    {
+                        k: v.to(model.device)
+                        for k, v in collate_shared(
+                            [(start, [ids[i] for i in chunk])], tokenizer.pad_token_id
+                        ).items()
+                    },
+                )[0]
+            else:
+                out = model(
+                    **{
+                        k: v.to(model.device)
+                        for k, v in collate_sequences(
+                            [start + ids[i] for i in chunk], tokenizer.pad_token_id
+                        ).items()
+                    }
+                ).logits
+        for i, q in zip(chunk, out.float().cpu()):
+            quantiles[i] = q
+    return read_quantiles(torch.stack(quantiles), model.config)

@@ -4,97 +4,155 @@
 
 # %% auto #0
 __all__ = ['LengthSampler', 'pair_metrics', 'row_lengths', 'PairTrainer', 'training_arguments', 'last_checkpoint', 'train_to',
-           'warm_up_trainer', 'score_pairs', 'rewards_table', 'score']
+           'warm_up_trainer', 'score_pairs', 'rewards_table']
 
-# %% ../nbs/03_training.ipynb #cell-3
-import json, shutil
-from functools import partial
-from pathlib import Path
-from tempfile import TemporaryDirectory
-
+# %% ../nbs/03_training.ipynb #03-003
+import json
 import numpy as np
 import pandas as pd
+import shutil
 import torch
-from datasets import Dataset
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from torch.utils.data import Sampler
-from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling, PreTrainedModel, Trainer, TrainingArguments
-
-from .data import collate_pairs, collate_sequences, collate_shared, encode_dialogue, sequence_ends
-from .formats import MARKERS, messages_to_text
+from datasets import Dataset
+from transformers import (
+    AutoModelForCausalLM,
+    DataCollatorForLanguageModeling,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+)
+from .data import collate_pairs
 from .losses import Objective, PaperObjective
-from .model import local_or_hub, quantile_levels, read_quantiles, shared_quantiles, shares_prompt
+from .model import local_or_hub, quantile_levels, read_quantiles
+from .packing import collate_shared, shared_quantiles, shares_prompt
 
-# %% ../nbs/03_training.ipynb #cell-8
+# %% ../nbs/03_training.ipynb #03-008
 class LengthSampler(Sampler):
     "Order of rows in which each batch holds rows of like length, new in every epoch."
-    def __init__(self,
-        lengths: list[int], # length of each row
-        batch_size: int, # rows in a batch over all processes
-        seed: int, # of the plan
-        epoch: callable = lambda: 0, # gives the current epoch
-        pool: int = 64, # batches that are sorted together
-    ):
-        self.lengths, self.batch_size, self.seed, self.epoch, self.pool = np.asarray(lengths), batch_size, seed, epoch, pool
 
-    def __len__(self): return len(self.lengths)
+    def __init__(
+        self,
+        lengths: list[int],  # length of each row
+        batch_size: int,  # rows in a batch over all processes
+        seed: int,  # of the plan
+        epoch: callable = lambda: 0,  # gives the current epoch
+        pool: int = 64,  # batches that are sorted together
+    ):
+        self.lengths, self.batch_size, self.seed, self.epoch, self.pool = (
+            np.asarray(lengths),
+            batch_size,
+            seed,
+            epoch,
+            pool,
+        )
+
+    def __len__(self):
+        return len(self.lengths)
 
     def __iter__(self):
         rng = np.random.default_rng([self.seed, self.epoch()])
-        order, size = rng.permutation(len(self)), self.batch_size*self.pool
-        pools = [order[i:i + size] for i in range(0, len(order), size)]
+        order, size = rng.permutation(len(self)), self.batch_size * self.pool
+        pools = [order[i : i + size] for i in range(0, len(order), size)]
         order = np.concatenate([p[np.argsort(self.lengths[p], kind="stable")] for p in pools])
-        whole = len(order)//self.batch_size*self.batch_size
-        batches = rng.permutation(order[:whole].reshape(-1, self.batch_size))     # the short last batch stays last
+        whole = len(order) // self.batch_size * self.batch_size
+        batches = rng.permutation(
+            order[:whole].reshape(-1, self.batch_size)
+        )  # the short last batch stays last
         yield from [*batches.ravel().tolist(), *order[whole:].tolist()]
 
-# %% ../nbs/03_training.ipynb #cell-12
+# %% ../nbs/03_training.ipynb #03-012
 def pair_metrics(
-    quantiles: torch.Tensor, # `[pairs, 2, N]`, chosen first
-) -> dict[str, float]: # `accuracy`, `margin`, and with N > 1 `crossing_rate`
+    quantiles: torch.Tensor,  # `[pairs, 2, N]`, chosen first
+) -> dict[str, float]:  # `accuracy`, `margin`, and with N > 1 `crossing_rate`
     "Summarise a batch of pairs."
     margin = quantiles.float().mean(-1).diff(dim=1).neg()
-    metrics = dict(accuracy=((margin > 0).float() + (margin == 0).float()/2).mean().item(), margin=margin.mean().item())
-    if quantiles.shape[-1] > 1: metrics["crossing_rate"] = (quantiles.diff(dim=-1) < 0).float().mean().item()
+    metrics = dict(
+        accuracy=((margin > 0).float() + (margin == 0).float() / 2).mean().item(),
+        margin=margin.mean().item(),
+    )
+    if quantiles.shape[-1] > 1:
+        metrics["crossing_rate"] = (quantiles.diff(dim=-1) < 0).float().mean().item()
     return metrics
 
-# %% ../nbs/03_training.ipynb #cell-16
+# %% ../nbs/03_training.ipynb #03-016
 def row_lengths(
-    pairs: Dataset, # encoded pairs
-    shared: bool, # whether a row holds the prompt once and both responses, or else one sequence
-) -> np.ndarray: # tokens that each pair's (longer) row takes
+    pairs: Dataset,  # encoded pairs
+    shared: bool,  # whether a row holds the prompt once and both responses, or else one sequence
+) -> np.ndarray:  # tokens that each pair's (longer) row takes
     "Lengths of the rows that pairs become."
-    prompt, chosen, rejected = (np.array([len(ids) for ids in pairs[k]]) for k in ("prompt_ids", "chosen_ids", "rejected_ids"))
+    prompt, chosen, rejected = (
+        np.array([len(ids) for ids in pairs[k]])
+        for k in ("prompt_ids", "chosen_ids", "rejected_ids")
+    )
     return prompt + (chosen + rejected if shared else np.maximum(chosen, rejected))
 
-# %% ../nbs/03_training.ipynb #cell-18
+# %% ../nbs/03_training.ipynb #03-018
 class PairTrainer(Trainer):
     "`transformers.Trainer` on pairs from `encode_pairs`, for a model with N outputs and any objective."
-    def __init__(self,
-        model: PreTrainedModel, # a reward model
-        args: TrainingArguments, # from `training_arguments`
-        tokenizer, # its padding token pads the batches; saved with each checkpoint
-        train: Dataset | None = None, # encoded pairs to train on
-        valid: Dataset | None = None, # encoded pairs to choose the checkpoint by, or to score
-        objective: Objective = PaperObjective(), # what the outputs mean and what pairs cost
-        shared: bool | None = None, # compute each prompt once; None: if that gives the same quantiles
+
+    def __init__(
+        self,
+        model: PreTrainedModel,  # a reward model
+        args: TrainingArguments,  # from `training_arguments`
+        tokenizer,  # its padding token pads the batches; saved with each checkpoint
+        train: Dataset | None = None,  # encoded pairs to train on
+        valid: Dataset | None = None,  # encoded pairs to choose the checkpoint by, or to score
+        objective: Objective = PaperObjective(),  # what the outputs mean and what pairs cost
+        shared: bool
+        | None = None,  # compute each prompt once; None: if that gives the same quantiles
     ):
         self.objective, self.watched, self.inner = objective, [], model
-        longest = max(row_lengths(pairs, shared=False).max() for pairs in (train, valid) if pairs is not None)
-        self.shared = shares_prompt(model, tokenizer.pad_token_id, int(longest)) if shared is None else shared
-        if shared is None and not self.shared: print(f"{type(model).__name__} does not compute the same when a prompt is shared: each prompt is computed twice.")
+        longest = max(
+            row_lengths(pairs, shared=False).max() for pairs in (train, valid) if pairs is not None
+        )
+        self.shared = (
+            shares_prompt(model, tokenizer.pad_token_id, int(longest)) if shared is None else shared
+        )
+        if shared is None and not self.shared:
+            print(
+                f"{type(model).__name__} does not compute the same when a prompt is shared: each prompt is computed twice."
+            )
+
         def collate(rows):
-            batch = collate_shared([(r["prompt_ids"], [r["chosen_ids"], r["rejected_ids"]]) for r in rows], tokenizer.pad_token_id) if self.shared else collate_pairs(rows, tokenizer.pad_token_id)
-            return batch | (dict(share=torch.tensor([r["share"] for r in rows])) if "share" in rows[0] else {})
-        super().__init__(model, args, train_dataset=train, eval_dataset=valid, processing_class=tokenizer, data_collator=collate,
-                         compute_metrics=lambda p: pair_metrics(objective.quantiles(torch.from_numpy(p.predictions))))
+            batch = (
+                collate_shared(
+                    [(r["prompt_ids"], [r["chosen_ids"], r["rejected_ids"]]) for r in rows],
+                    tokenizer.pad_token_id,
+                )
+                if self.shared
+                else collate_pairs(rows, tokenizer.pad_token_id)
+            )
+            return batch | (
+                dict(share=torch.tensor([r["share"] for r in rows])) if "share" in rows[0] else {}
+            )
+
+        super().__init__(
+            model,
+            args,
+            train_dataset=train,
+            eval_dataset=valid,
+            processing_class=tokenizer,
+            data_collator=collate,
+            compute_metrics=lambda p: pair_metrics(
+                objective.quantiles(torch.from_numpy(p.predictions))
+            ),
+        )
         self.loss_is_scaled_for_ga = False
 
     def _get_train_sampler(self, train_dataset=None):
-        return LengthSampler(row_lengths(self.train_dataset, self.shared), self.args.train_batch_size*self.args.world_size, self.args.seed, epoch=lambda: int(self.state.epoch or 0))
+        return LengthSampler(
+            row_lengths(self.train_dataset, self.shared),
+            self.args.train_batch_size * self.args.world_size,
+            self.args.seed,
+            epoch=lambda: int(self.state.epoch or 0),
+        )
 
     def outputs(self, model, inputs) -> torch.Tensor:
         "The model's outputs for a batch of pairs, `[pairs, 2, outputs]`, chosen first."
-        if self.shared: return shared_quantiles(model, inputs, self.inner).float()
+        if self.shared:
+            return shared_quantiles(model, inputs, self.inner).float()
         return torch.stack(model(**inputs).logits.float().chunk(2), dim=1)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -102,14 +160,23 @@ class PairTrainer(Trainer):
         outputs = self.outputs(model, inputs)
         loss = self.objective(outputs[:, 0], outputs[:, 1], share)
         if not loss.isfinite():
-            raise FloatingPointError(f"the loss is {loss.item()} at step {self.state.global_step}; lower learning_rate, or look for extreme values in the data or the objective.")
-        if model.training: self.watched.append(pair_metrics(self.objective.quantiles(outputs.detach())))
+            raise FloatingPointError(
+                f"the loss is {loss.item()} at step {self.state.global_step}; lower learning_rate, or look for extreme values in the data or the objective."
+            )
+        if model.training:
+            self.watched.append(pair_metrics(self.objective.quantiles(outputs.detach())))
         return (loss, outputs) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss, outputs = self.compute_loss(model, self._prepare_inputs(inputs), return_outputs=True)
-        return loss, outputs, torch.zeros(len(outputs), device=loss.device)     # Trainer computes metrics only where there are labels
+            loss, outputs = self.compute_loss(
+                model, self._prepare_inputs(inputs), return_outputs=True
+            )
+        return (
+            loss,
+            outputs,
+            torch.zeros(len(outputs), device=loss.device),
+        )  # Trainer computes metrics only where there are labels
 
     def log(self, logs, start_time=None):
         if "loss" in logs and self.watched:
@@ -117,130 +184,156 @@ class PairTrainer(Trainer):
             self.watched = []
         super().log(logs, start_time)
 
-# %% ../nbs/03_training.ipynb #cell-20
+# %% ../nbs/03_training.ipynb #03-020
 def training_arguments(
-    folder: str | Path, # where checkpoints go while it trains
-    steps: int, # optimiser steps of the whole training
-    evaluations: int = 10, # how often to evaluate on the validation pairs (and to save)
-    seed: int = 0, # of order and dropout
-    precision: str = "float32", # or `bfloat16`: what the backbone computes in (autocast); weights, losses and statistics stay float32
-    **kwargs, # any field of `transformers.TrainingArguments`
-) -> TrainingArguments: # with MOSS-RLHF's values where nothing else was said
+    folder: str | Path,  # where checkpoints go while it trains
+    steps: int,  # optimiser steps of the whole training
+    evaluations: int = 10,  # how often to evaluate on the validation pairs (and to save)
+    seed: int = 0,  # of order and dropout
+    precision: str = "float32",  # or `bfloat16`: what the backbone computes in (autocast); weights, losses and statistics stay float32
+    **kwargs,  # any field of `transformers.TrainingArguments`
+) -> TrainingArguments:  # with MOSS-RLHF's values where nothing else was said
     "Make `TrainingArguments` for a reward model."
-    every = max(1, steps//evaluations)
+    every = max(1, steps // evaluations)
     defaults = dict(
-        learning_rate=5e-6, adam_beta1=.9, adam_beta2=.95, adam_epsilon=1e-6, weight_decay=0., lr_scheduler_type="inverse_sqrt", warmup_steps=500,
-        num_train_epochs=1, per_device_train_batch_size=8, per_device_eval_batch_size=32,
-        eval_strategy="steps", eval_steps=every, save_steps=every, logging_steps=every, logging_nan_inf_filter=False, report_to="none", disable_tqdm=False,
-        load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=False, save_total_limit=1,
-        remove_unused_columns=False, dataloader_pin_memory=torch.cuda.is_available(),
-        **dict(bf16=True, use_cpu=not torch.cuda.is_available()) if precision == "bfloat16" else {})
+        learning_rate=5e-6,
+        adam_beta1=0.9,
+        adam_beta2=0.95,
+        adam_epsilon=1e-6,
+        weight_decay=0.0,
+        lr_scheduler_type="inverse_sqrt",
+        warmup_steps=500,
+        num_train_epochs=1,
+        per_device_train_batch_size=8,
+        per_device_eval_batch_size=32,
+        eval_strategy="steps",
+        eval_steps=every,
+        save_steps=every,
+        logging_steps=every,
+        logging_nan_inf_filter=False,
+        report_to="none",
+        disable_tqdm=False,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        save_total_limit=1,
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        **dict(bf16=True, use_cpu=not torch.cuda.is_available()) if precision == "bfloat16" else {},
+    )
     return TrainingArguments(output_dir=str(folder), seed=seed, **defaults | kwargs)
 
-# %% ../nbs/03_training.ipynb #cell-27
+# %% ../nbs/03_training.ipynb #03-027
 def last_checkpoint(
-    folder: str | Path, # working folder of a Trainer
-) -> str | None: # the newest checkpoint that was written to its end
+    folder: str | Path,  # working folder of a Trainer
+) -> str | None:  # the newest checkpoint that was written to its end
     "Find where to resume, passing over what a kill left half written."
+
     def whole(path):
-        try: return bool(json.loads((path/"trainer_state.json").read_text()))
-        except (OSError, ValueError): return False
-    found = sorted((int(p.name.split("-")[1]), p) for p in Path(folder).glob("checkpoint-*") if whole(p))
+        try:
+            return bool(json.loads((path / "trainer_state.json").read_text()))
+        except (OSError, ValueError):
+            return False
+
+    found = sorted(
+        (int(p.name.split("-")[1]), p) for p in Path(folder).glob("checkpoint-*") if whole(p)
+    )
     return str(found[-1][1]) if found else None
 
-# %% ../nbs/03_training.ipynb #cell-28
+# %% ../nbs/03_training.ipynb #03-028
 def train_to(
-    folder: str | Path, # where the finished checkpoint with its tokenizer goes
-    make: callable, # makes the trainer, given its working folder
-    finish: callable = lambda model, folder: None, # what is still to be done to the finished checkpoint, before it appears
-) -> bool: # whether it was trained now (or else taken up as finished)
+    folder: str | Path,  # where the finished checkpoint with its tokenizer goes
+    make: callable,  # makes the trainer, given its working folder
+    finish: callable = lambda model, folder: (
+        None
+    ),  # what is still to be done to the finished checkpoint, before it appears
+) -> bool:  # whether it was trained now (or else taken up as finished)
     "Train, or resume, or take up what is finished; the folder appears whole or not at all."
     folder = Path(folder)
     work = folder.with_name(folder.name + ".working")
     if not (finished := folder.exists()):
         trainer = make(work)
         trainer.train(resume_from_checkpoint=last_checkpoint(work))
-        trainer.save_model(str(work/"finished"))
+        trainer.save_model(str(work / "finished"))
         if trainer.is_world_process_zero():
-            (work/"finished"/"training_args.bin").unlink(missing_ok=True)      # a pickle; the run's settings are kept as text
-            (work/"finished"/"log.json").write_text(json.dumps(trainer.state.log_history))
-            finish(trainer.model, work/"finished")
-            (work/"finished").rename(folder)
+            (work / "finished" / "training_args.bin").unlink(
+                missing_ok=True
+            )  # a pickle; the run's settings are kept as text
+            (work / "finished" / "log.json").write_text(json.dumps(trainer.state.log_history))
+            finish(trainer.model, work / "finished")
+            (work / "finished").rename(folder)
         trainer.accelerator.wait_for_everyone()
     shutil.rmtree(work, ignore_errors=True)
     return not finished
 
-# %% ../nbs/03_training.ipynb #cell-33
+# %% ../nbs/03_training.ipynb #03-033
 def warm_up_trainer(
-    name: str | Path, # folder or Hub id of the backbone
-    tokenizer, # its tokenizer
-    pairs: Dataset, # encoded pairs, of which the chosen dialogues are learnt
-    args: TrainingArguments, # from `training_arguments`
-    valid: Dataset, # encoded pairs to choose the checkpoint by
-) -> Trainer: # ready to train
+    name: str | Path,  # folder or Hub id of the backbone
+    tokenizer,  # its tokenizer
+    pairs: Dataset,  # encoded pairs, of which the chosen dialogues are learnt
+    args: TrainingArguments,  # from `training_arguments`
+    valid: Dataset,  # encoded pairs to choose the checkpoint by
+) -> Trainer:  # ready to train
     "Make a Trainer of the causal language model on the chosen dialogues."
-    rows = [[dict(input_ids=r["prompt_ids"] + r["chosen_ids"]) for r in table] for table in (pairs, valid)]
+    rows = [
+        [dict(input_ids=r["prompt_ids"] + r["chosen_ids"]) for r in table]
+        for table in (pairs, valid)
+    ]
     model = local_or_hub(AutoModelForCausalLM.from_pretrained, name, use_safetensors=True)
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings: model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    trainer = Trainer(model, args, train_dataset=rows[0], eval_dataset=rows[1], processing_class=tokenizer,
-                      data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False))
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    trainer = Trainer(
+        model,
+        args,
+        train_dataset=rows[0],
+        eval_dataset=rows[1],
+        processing_class=tokenizer,
+        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
+    )
     lengths = [len(r["input_ids"]) for r in rows[0]]
-    trainer._get_train_sampler = lambda dataset=None: LengthSampler(lengths, args.train_batch_size*args.world_size, args.seed, epoch=lambda: int(trainer.state.epoch or 0))
+    trainer._get_train_sampler = lambda dataset=None: LengthSampler(
+        lengths,
+        args.train_batch_size * args.world_size,
+        args.seed,
+        epoch=lambda: int(trainer.state.epoch or 0),
+    )
     return trainer
 
-# %% ../nbs/03_training.ipynb #cell-37
+# %% ../nbs/03_training.ipynb #03-037
 def score_pairs(
-    model: PreTrainedModel, # a reward model
-    tokenizer, # its tokenizer
-    pairs: Dataset, # encoded pairs
-    batch_size: int = 32, # pairs at a time
-    precision: str = "float32", # or `bfloat16`, as in `training_arguments`
-    disable_tqdm: bool = False, # no progress bar
-) -> np.ndarray: # quantiles `[pairs, 2, N]`, float32, chosen first
+    model: PreTrainedModel,  # a reward model
+    tokenizer,  # its tokenizer
+    pairs: Dataset,  # encoded pairs
+    batch_size: int = 32,  # pairs at a time
+    precision: str = "float32",  # or `bfloat16`, as in `training_arguments`
+    disable_tqdm: bool = False,  # no progress bar
+) -> np.ndarray:  # quantiles `[pairs, 2, N]`, float32, chosen first
     "Score both responses of each pair."
     order = np.argsort(row_lengths(pairs, shared=True))[::-1]
     with TemporaryDirectory() as nothing_is_written:
-        args = training_arguments(nothing_is_written, 1, per_device_eval_batch_size=batch_size, disable_tqdm=disable_tqdm)
+        args = training_arguments(
+            nothing_is_written, 1, per_device_eval_batch_size=batch_size, disable_tqdm=disable_tqdm
+        )
         with torch.autocast(args.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-            outputs = PairTrainer(model, args, tokenizer, valid=pairs).predict(pairs.select(order)).predictions
+            outputs = (
+                PairTrainer(model, args, tokenizer, valid=pairs)
+                .predict(pairs.select(order))
+                .predictions
+            )
     return read_quantiles(torch.from_numpy(outputs[np.argsort(order)]), model.config).numpy()
 
-# %% ../nbs/03_training.ipynb #cell-38
+# %% ../nbs/03_training.ipynb #03-038
 def rewards_table(
-    quantiles: np.ndarray, # `[pairs, 2, N]`, chosen first
-    model: str, # `scalar` or `quantile`
-    seed: int, # which of the trained models
-) -> pd.DataFrame: # columns `model, seed, pair, side, level, reward`
+    quantiles: np.ndarray,  # `[pairs, 2, N]`, chosen first
+    model: str,  # `scalar` or `quantile`
+    seed: int,  # which of the trained models
+) -> pd.DataFrame:  # columns `model, seed, pair, side, level, reward`
     "Lay quantiles out as the rewards table, the one hand-over between models and analysis."
     pairs, _, n = quantiles.shape
-    index = pd.MultiIndex.from_product([range(pairs), ("chosen", "rejected"), quantile_levels(n)], names=["pair", "side", "level"])
+    index = pd.MultiIndex.from_product(
+        [range(pairs), ("chosen", "rejected"), quantile_levels(n)], names=["pair", "side", "level"]
+    )
     table = pd.DataFrame(dict(reward=quantiles.ravel()), index=index).reset_index()
-    return table.assign(model=model, seed=seed)[["model", "seed", "pair", "side", "level", "reward"]]
-
-# %% ../nbs/03_training.ipynb #cell-42
-def score(
-    model: PreTrainedModel, # a reward model
-    tokenizer, # its tokenizer
-    prompt: str | list[dict], # a dialogue up to the reply, such as `"\n\nHuman: Why?\n\nAssistant:"`, or chat messages
-    responses: list[str | list[dict]], # replies to it, such as `" Because."`; or, where the prompt is messages, `"Because."` or messages
-    max_length: int | None = None, # most tokens in a sequence; None: as many as the model has positions
-    row_tokens: int = 1024, # most response tokens that are computed together
-) -> torch.Tensor: # quantiles `[responses, N]`, float32
-    "Score responses to one prompt, which is cut as in training; raises `ValueError` for a response that doesn't fit."
-    if not isinstance(prompt, str):
-        prompt, replies = messages_to_text(prompt) + MARKERS["assistant"], [[dict(role="assistant", content=r)] if isinstance(r, str) else r for r in responses]
-        responses = [messages_to_text(r).removeprefix(MARKERS["assistant"]) for r in replies]
-    model, limit = model.eval(), max_length or model.config.get_text_config().max_position_embeddings
-    start, ids = encode_dialogue(tokenizer, sequence_ends(tokenizer), prompt, responses, limit)
-    longest = max(map(len, ids))
-    if len(start) + longest > limit: raise ValueError(f"responses: response {int(np.argmax([len(i) for i in ids]))} has {longest} tokens with its end token, but a sequence may have {limit}; leave it out.")
-    order, quantiles = np.argsort([len(i) for i in ids]), [None]*len(ids)
-    groups = np.cumsum([len(ids[i]) for i in order])//row_tokens
-    shared = shares_prompt(model, tokenizer.pad_token_id, len(start) + longest)
-    for group in np.unique(groups):
-        chunk = order[groups == group]
-        with torch.no_grad():
-            if shared: out = shared_quantiles(model, {k: v.to(model.device) for k, v in collate_shared([(start, [ids[i] for i in chunk])], tokenizer.pad_token_id).items()})[0]
-            else: out = model(**{k: v.to(model.device) for k, v in collate_sequences([start + ids[i] for i in chunk], tokenizer.pad_token_id).items()}).logits
-        for i, q in zip(chunk, out.float().cpu()): quantiles[i] = q
-    return read_quantiles(torch.stack(quantiles), model.config)
+    return table.assign(model=model, seed=seed)[
+        ["model", "seed", "pair", "side", "level", "reward"]
+    ]

@@ -1,30 +1,67 @@
 "What the tests share: a copy of the project to run notebooks in, so that they leave no trace here."
+
 import json, os, shutil, subprocess, sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SMALL = dict(n_train=160, n_eval=24, vocab_size=400, n_layer=1, n_embd=16, n_head=2, warm_up_epochs=1, epochs=1, batch_size=16, evaluations=2)
+SMALL = dict(
+    n_train=160,
+    n_eval=24,
+    vocab_size=400,
+    n_layer=1,
+    n_embd=16,
+    n_head=2,
+    warm_up_epochs=1,
+    epochs=1,
+    batch_size=16,
+    evaluations=2,
+)
 
 
 class Project:
     "A copy of the project's notebooks in a folder of its own, and papermill in it."
+
     def __init__(self, folder):
         self.folder = Path(folder)
-        shutil.copy(ROOT/"settings.ini", self.folder)
-        shutil.copytree(ROOT/"nbs", self.folder/"nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
-        (self.folder/"runs").mkdir()
-        self.env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HOME": str(self.folder/"hub"), "HF_ENDPOINT": "http://127.0.0.1:9", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+        shutil.copy(ROOT / "settings.ini", self.folder)
+        shutil.copytree(
+            ROOT / "nbs", self.folder / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints")
+        )
+        (self.folder / "runs").mkdir()
+        self.env = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "HF_HOME": str(self.folder / "hub"),
+            "HF_ENDPOINT": "http://127.0.0.1:9",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONWARNINGS": "ignore",
+        }
 
     def command(self, notebook, output, **parameters):
         given = [str(p) for k, v in parameters.items() for p in ("-p", k, v)]
-        return [sys.executable, "-m", "papermill", f"nbs/{notebook}.ipynb", *([output] if output else []), *given, "--no-progress-bar"]
+        return [
+            sys.executable,
+            "-m",
+            "papermill",
+            f"nbs/{notebook}.ipynb",
+            *([output] if output else []),
+            *given,
+            "--no-progress-bar",
+        ]
 
     def papermill(self, notebook, output="runs/out.ipynb", **parameters):
-        return subprocess.run(self.command(notebook, output, **parameters), cwd=self.folder, env=self.env, capture_output=True, text=True)
+        return subprocess.run(
+            self.command(notebook, output, **parameters),
+            cwd=self.folder,
+            env=self.env,
+            capture_output=True,
+            text=True,
+        )
 
-    def results(self, name): return json.loads((self.folder/"runs"/name/"results.json").read_text())
+    def results(self, name):
+        return json.loads((self.folder / "runs" / name / "results.json").read_text())
 
 
 def error(process):
@@ -34,7 +71,8 @@ def error(process):
 
 
 @pytest.fixture(scope="session")
-def project(tmp_path_factory): return Project(tmp_path_factory.mktemp("project"))
+def project(tmp_path_factory):
+    return Project(tmp_path_factory.mktemp("project"))
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,5 @@
 "Train a tiny model on pairs; started alone or by torchrun (see test_distributed.py). Writes its loss curve, and says whether all ranks hold equal weights."
+
 import json, os, sys
 from pathlib import Path
 
@@ -11,10 +12,29 @@ from qr_rlhf.training import PairTrainer, training_arguments
 
 folder, processes = Path(sys.argv[1]), int(os.environ.get("WORLD_SIZE", 1))
 torch.set_num_threads(1)
-tokenizer = load_tokenizer(folder/"backbone")
-args = training_arguments(folder/f"work{processes}", 1, seed=0, num_train_epochs=2, per_device_train_batch_size=16//processes, learning_rate=1e-3, warmup_steps=0, lr_scheduler_type="constant",
-                          use_cpu=True, eval_strategy="no", save_strategy="no", load_best_model_at_end=False, logging_steps=1, disable_tqdm=True)
-trainer = PairTrainer(load_reward_model(folder/"backbone", tokenizer, n=10, seed=0), args, tokenizer, load_from_disk(str(folder/"train")))
+tokenizer = load_tokenizer(folder / "backbone")
+args = training_arguments(
+    folder / f"work{processes}",
+    1,
+    seed=0,
+    num_train_epochs=2,
+    per_device_train_batch_size=16 // processes,
+    learning_rate=1e-3,
+    warmup_steps=0,
+    lr_scheduler_type="constant",
+    use_cpu=True,
+    eval_strategy="no",
+    save_strategy="no",
+    load_best_model_at_end=False,
+    logging_steps=1,
+    disable_tqdm=True,
+)
+trainer = PairTrainer(
+    load_reward_model(folder / "backbone", tokenizer, n=10, seed=0),
+    args,
+    tokenizer,
+    load_from_disk(str(folder / "train")),
+)
 trainer.remove_callback(PrinterCallback)
 trainer.train()
 
@@ -22,4 +42,13 @@ weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
 everybody = trainer.accelerator.gather(weights[None])
 if trainer.is_world_process_zero():
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-    (folder/f"curve{processes}.json").write_text(json.dumps(dict(losses=losses, shared=trainer.shared, ranks=len(everybody), equal=bool((everybody == everybody[0]).all()))))
+    (folder / f"curve{processes}.json").write_text(
+        json.dumps(
+            dict(
+                losses=losses,
+                shared=trainer.shared,
+                ranks=len(everybody),
+                equal=bool((everybody == everybody[0]).all()),
+            )
+        )
+    )
