@@ -4,7 +4,7 @@ import re
 
 import torch
 import trl
-from readme import ROOT
+from conftest import ROOT
 from qr_rlhf.model import (
     RewardDistribution,
     load_reward_model,

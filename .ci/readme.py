@@ -1,0 +1,20 @@
+"Make README.md from nbs/index.ipynb: python .ci/readme.py"
+
+import re
+from pathlib import Path
+
+from nbconvert import MarkdownExporter
+
+ROOT = Path(__file__).parent.parent
+
+
+def readme() -> str:
+    "The index notebook in Markdown, without its code, with links that hold from the top folder."
+    exporter = MarkdownExporter(exclude_input=True, exclude_output_prompt=True)
+    text = exporter.from_filename(str(ROOT / "nbs" / "index.ipynb"))[0]
+    text = re.sub(r"\]\((?!https?:|#)([^)]+)\)", r"](nbs/\1)", text)
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+
+
+if __name__ == "__main__":
+    (ROOT / "README.md").write_text(readme(), encoding="utf-8")
