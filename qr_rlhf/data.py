@@ -74,7 +74,6 @@ def load_pairs(
         rows, cut = find_rows(data, workload, split, subsets, splits)
     pairs, dropped = [], Counter()
     for where, row in rows:
-        check_votes(row, rows[0][1], where)
         try:
             pair = read_pair(row, where)
             if cut and part_of(pair["prompt"]) != split:
@@ -84,6 +83,7 @@ def load_pairs(
             pairs.append(pair)
         except Dropped as reason:
             dropped[str(reason)] += 1
+        check_votes(row, rows[0][1], where)
     if not pairs:
         raise ValueError(
             f"data: no pair is left of the {len(rows)} rows in {data} ({workload}, {split}); "
@@ -109,14 +109,12 @@ def check_request(data: object, workload: str, split: str, n: int | None) -> Non
         raise ValueError(f"workload: {workload!r} is unknown; choose one of {known}.")
 
 
-def check_votes(row: object, first: object, where: str) -> None:
+def check_votes(row: dict, first: dict, where: str) -> None:
     "Raise `ValueError` where some rows have a share of votes and others have none."
-    if not isinstance(row, dict) or ("share" in row) == ("share" in first):
-        return
-    fault = "here, though earlier rows lack it"
-    if "share" in first:
-        fault = "missing, though earlier rows have it"
-    raise ValueError(f"{where}: the field 'share' is {fault}; give it in every row or in none.")
+    if ("share" in row) != ("share" in first):
+        found, others = ("here", "lack") if "share" in row else ("missing", "have")
+        fault = f"{found}, though earlier rows {others} it"
+        raise ValueError(f"{where}: the field 'share' is {fault}; give it in every row or in none.")
 
 # %% ../nbs/00_data.ipynb #cell-20
 def hash_share(
