@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['parse_pair', 'check_preference', 'load_pairs', 'read_pair', 'check_request', 'check_votes', 'hash_share', 'part_of',
            'split_validation', 'count_shared_prompts', 'data_hash', 'special_ids', 'check_end_token', 'split_ids',
-           'shorter_prompts', 'sequence_ends', 'encode_dialogue', 'encode_pairs', 'pad_rows', 'collate_sequences',
-           'collate_pairs']
+           'shorter_prompts', 'sequence_ends', 'encode_dialogue', 'encode_row', 'encode_pairs', 'pad_rows',
+           'collate_sequences', 'collate_pairs']
 
 # %% ../nbs/00_data.ipynb #cell-3
 import hashlib
@@ -45,7 +45,7 @@ def parse_pair(
         responses = [response.removeprefix(marker) for response in responses]
     return dict(prompt=prompt, chosen=responses[0], rejected=responses[1])
 
-
+# %% ../nbs/00_data.ipynb #cell-8
 def check_preference(sides: list[list[str]], responses: list[str]) -> None:
     "Raise `Dropped` for responses that are equal, that are empty, or that end with the human."
     last = [turns[-1] for turns in sides]
@@ -57,7 +57,7 @@ def check_preference(sides: list[list[str]], responses: list[str]) -> None:
     if not all(turn.startswith(MARKERS["assistant"]) for turn in last):
         raise Dropped("no_reply")
 
-# %% ../nbs/00_data.ipynb #cell-14
+# %% ../nbs/00_data.ipynb #cell-15
 def load_pairs(
     data: object,  # file, folder or Hub id; or an object with `rows(workload, split, n)`
     workload: str,  # `helpful` or `harmless`; any name where the source has no workloads
@@ -85,10 +85,8 @@ def load_pairs(
             dropped[str(reason)] += 1
         check_votes(row, rows[0][1], where)
     if not pairs:
-        raise ValueError(
-            f"data: no pair is left of the {len(rows)} rows in {data} ({workload}, {split}); "
-            f"dropped: {dict(dropped)}."
-        )
+        what = f"{len(rows)} rows in {data} ({workload}, {split}); dropped: {dict(dropped)}"
+        raise ValueError(f"data: no pair is left of the {what}.")
     return Dataset.from_list(pairs), dict(dropped)
 
 
@@ -97,7 +95,7 @@ def read_pair(row: object, where: str) -> dict:
     read = read_row(row, where)
     return parse_pair(read.pop("chosen"), read.pop("rejected")) | read
 
-
+# %% ../nbs/00_data.ipynb #cell-16
 def check_request(data: object, workload: str, split: str, n: int | None) -> None:
     "Raise `ValueError` for a split, a number or a workload that can't be."
     if split not in ("train", "test"):
@@ -116,7 +114,7 @@ def check_votes(row: dict, first: dict, where: str) -> None:
         fault = f"{found}, though earlier rows {others} it"
         raise ValueError(f"{where}: the field 'share' is {fault}; give it in every row or in none.")
 
-# %% ../nbs/00_data.ipynb #cell-20
+# %% ../nbs/00_data.ipynb #cell-22
 def hash_share(
     text: str,  # what decides
     salt: str = "",  # another salt decides otherwise
@@ -129,7 +127,7 @@ def part_of(prompt: str) -> str:
     "Which part of a source that is cut in two a prompt belongs to: `train` or `test`."
     return "test" if hash_share(split_turns(prompt)[0], "test") < 0.2 else "train"
 
-# %% ../nbs/00_data.ipynb #cell-25
+# %% ../nbs/00_data.ipynb #cell-27
 def split_validation(
     pairs: Dataset,  # training pairs, with `prompt`
     fraction: float = 0.05,  # share of prompts set aside
@@ -145,7 +143,7 @@ def split_validation(
         )
     return pairs.select(train), pairs.select(valid)
 
-# %% ../nbs/00_data.ipynb #cell-28
+# %% ../nbs/00_data.ipynb #cell-30
 def count_shared_prompts(
     train: Dataset,  # pairs trained on
     evaluation: Dataset,  # pairs evaluated on
@@ -167,7 +165,7 @@ def data_hash(
         digest.update(b"\n")
     return digest.hexdigest()[:16]
 
-# %% ../nbs/00_data.ipynb #cell-33
+# %% ../nbs/00_data.ipynb #cell-35
 def special_ids(
     tokenizer,  # a tokenizer of `transformers`
 ) -> tuple[list[int], list[int]]:  # ids before a sequence, ids after it
@@ -179,7 +177,7 @@ def special_ids(
     check_end_token(tokenizer, plain, after)
     return before, after or [tokenizer.eos_token_id]
 
-
+# %% ../nbs/00_data.ipynb #cell-36
 def check_end_token(tokenizer, plain: list[int], after: list[int]) -> None:
     "Raise `ValueError` for a tokenizer that has no end token, or that writes it unasked."
     name, end = tokenizer.name_or_path or "it", tokenizer.eos_token_id
@@ -191,7 +189,7 @@ def check_end_token(tokenizer, plain: list[int], after: list[int]) -> None:
     if not after and end is None:
         raise ValueError(f"tokenizer: {name} has no end token; set tokenizer.eos_token.")
 
-# %% ../nbs/00_data.ipynb #cell-36
+# %% ../nbs/00_data.ipynb #cell-39
 def split_ids(
     tokenizer,  # a fast tokenizer of `transformers`
     prompt: str,  # the prompt's text
@@ -208,7 +206,7 @@ def split_ids(
     shared = commonprefix(within)
     return shared, [ids[len(shared) :] for ids in found["input_ids"]]
 
-# %% ../nbs/00_data.ipynb #cell-40
+# %% ../nbs/00_data.ipynb #cell-43
 def shorter_prompts(
     prompt: str,  # in HH-RLHF's form
 ) -> list[str]:  # the prompt, then without its oldest turn, and so on
@@ -219,7 +217,7 @@ def shorter_prompts(
         turns[-2:] = ["".join(turns[-2:])]
     return [system + "".join(turns[i:]) for i in range(len(turns))]
 
-# %% ../nbs/00_data.ipynb #cell-43
+# %% ../nbs/00_data.ipynb #cell-46
 def sequence_ends(
     tokenizer,  # a tokenizer of `transformers`
 ) -> tuple[list[int], list[int]]:  # ids before a sequence, ids after it
@@ -231,7 +229,7 @@ def sequence_ends(
     _, _, closing = reply.rpartition("qqq")
     return ([], []) if closing.strip() else ([], special_ids(tokenizer)[1])
 
-# %% ../nbs/00_data.ipynb #cell-47
+# %% ../nbs/00_data.ipynb #cell-50
 def encode_dialogue(
     tokenizer,  # a fast tokenizer of `transformers`
     ends: tuple[list[int], list[int]],  # from `sequence_ends`
@@ -254,30 +252,42 @@ def encode_dialogue(
     kept = ids[max(len(ids) - max(room, 0), 0) :]
     return before + kept, [response + after for response in found]
 
-# %% ../nbs/00_data.ipynb #cell-50
+# %% ../nbs/00_data.ipynb #cell-53
+def encode_row(
+    row: dict,  # with `prompt, chosen, rejected`
+    tokenizer,  # a fast tokenizer of `transformers`
+    ends: tuple[list[int], list[int]],  # from `sequence_ends`
+    max_length: int,  # most tokens in a sequence
+) -> dict:  # `prompt_ids, chosen_ids, rejected_ids`
+    "Token ids of a pair; raises `Dropped` if it is too long, or the template refuses it."
+    sides = [row["chosen"], row["rejected"]]
+    try:
+        prompt, ids = encode_dialogue(tokenizer, ends, row["prompt"], sides, max_length)
+    except ValueError as refusal:
+        raise Dropped("template") from refusal
+    if len(prompt) + max(map(len, ids)) > max_length:
+        raise Dropped("too_long")
+    return dict(prompt_ids=prompt, chosen_ids=ids[0], rejected_ids=ids[1])
+
+# %% ../nbs/00_data.ipynb #cell-56
 def encode_pairs(
     pairs: Dataset,  # `prompt, chosen, rejected`, and any other columns, which are kept
     tokenizer,  # a fast tokenizer of `transformers`
     max_length: int,  # most tokens in a sequence (prompt, one response, special tokens)
 ) -> tuple[Dataset, dict[str, int]]:  # with `prompt_ids, chosen_ids, rejected_ids`; dropped
     "Turn pairs into token ids that fit; raises `ValueError` if no pair does."
-    ends, dropped, refusals = sequence_ends(tokenizer), Counter(), []
+    ends, dropped, refusals = sequence_ends(tokenizer), Counter(), set()
 
     def encode(batch):
         kept = []
         for values in zip(*batch.values(), strict=True):
             row = dict(zip(batch, values, strict=True))
-            sides = [row["chosen"], row["rejected"]]
             try:
-                prompt, ids = encode_dialogue(tokenizer, ends, row["prompt"], sides, max_length)
-            except ValueError as error:
-                dropped["template"] += 1
-                refusals.append(str(error))
-                continue
-            if len(prompt) + max(map(len, ids)) > max_length:
-                dropped["too_long"] += 1
-                continue
-            kept.append(row | dict(prompt_ids=prompt, chosen_ids=ids[0], rejected_ids=ids[1]))
+                kept.append(row | encode_row(row, tokenizer, ends, max_length))
+            except Dropped as reason:
+                dropped[str(reason)] += 1
+                if reason.__cause__:
+                    refusals.add(str(reason.__cause__))
         names = [*batch, "prompt_ids", "chosen_ids", "rejected_ids"]
         return {name: [row[name] for row in kept] for name in names}
 
@@ -289,7 +299,7 @@ def encode_pairs(
         raise ValueError(min(refusals, default=f"max_length: {what}"))
     return encoded, dict(dropped)
 
-# %% ../nbs/00_data.ipynb #cell-53
+# %% ../nbs/00_data.ipynb #cell-59
 def pad_rows(
     rows: list[list[int]],  # lists of different lengths
     value: int,  # what fills them up

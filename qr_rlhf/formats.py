@@ -81,7 +81,7 @@ def read_message(
         raise Dropped("turn_marker")
     return dict(role=role, content=content)
 
-
+# %% ../nbs/10_formats.ipynb #cell-21
 def join_parts(content: object) -> object:
     "Join a content given as a list of texts; leave any other as it is."
     is_list = isinstance(content, list)
@@ -95,7 +95,7 @@ def uses_tools(message: dict) -> bool:
     calls = message.get("tool_calls") or message.get("function_call")
     return bool(calls) or message["role"] in ("tool", "function")
 
-
+# %% ../nbs/10_formats.ipynb #cell-22
 def check_message(message: object, where: str) -> None:
     "Raise `ValueError` for what has no role, no content, or a role that we don't know."
     known = message if isinstance(message, dict) else {}
@@ -119,7 +119,7 @@ def check_text(text: object, where: str, what: str) -> str:
         )
     return text
 
-# %% ../nbs/10_formats.ipynb #cell-21
+# %% ../nbs/10_formats.ipynb #cell-23
 def read_messages(
     messages: list,  # of a file
     where: str,  # file, line and field
@@ -129,7 +129,7 @@ def read_messages(
         [read_message(m, i == 0, f"{where}, message {i + 1}") for i, m in enumerate(messages)]
     )
 
-# %% ../nbs/10_formats.ipynb #cell-29
+# %% ../nbs/10_formats.ipynb #cell-31
 SIDES = ("chosen", "rejected")
 
 
@@ -145,7 +145,7 @@ def read_row(
     read = {side: read_side(row[side], prompt, plain, f"{where}: {side}") for side in SIDES}
     return read | ({"share": float(row["share"])} if "share" in row else {})
 
-
+# %% ../nbs/10_formats.ipynb #cell-32
 def check_row(row: object, where: str) -> None:
     "Raise `ValueError` unless both sides are strings, or both are lists, and the share is one."
     if not isinstance(row, dict):
@@ -176,7 +176,7 @@ def check_row(row: object, where: str) -> None:
             "the share of votes for 'chosen', in every row or in none."
         )
 
-# %% ../nbs/10_formats.ipynb #cell-31
+# %% ../nbs/10_formats.ipynb #cell-34
 OPEN = re.compile(MARKERS["assistant"] + r"\s*\Z")
 
 
@@ -200,7 +200,7 @@ def read_prompt(
         )
     return text
 
-
+# %% ../nbs/10_formats.ipynb #cell-35
 def check_dialogue(text: object, where: str, what: str) -> str:
     "As `check_text`; raise `ValueError` too where the first marker lacks its two line breaks."
     if re.match(r"\s*(Human|Assistant):", system_text(check_text(text, where, what))):
@@ -210,7 +210,7 @@ def check_dialogue(text: object, where: str, what: str) -> str:
         )
     return text
 
-# %% ../nbs/10_formats.ipynb #cell-34
+# %% ../nbs/10_formats.ipynb #cell-38
 def read_side(
     side: str | list,  # a row's chosen or rejected
     prompt: str | None,  # from `read_prompt`
@@ -229,9 +229,9 @@ def begins_with(text: str, prompt: str) -> bool:
     without_system = text.removeprefix(system_text(text))
     return any(split_turns(t)[: len(turns)] == turns for t in (text, without_system))
 
-
+# %% ../nbs/10_formats.ipynb #cell-40
 def read_chat_side(messages: list, prompt: str | None, where: str) -> str:
-    "Messages: a reply if the assistant's comes first, else a whole dialogue."
+    "Write messages as a whole dialogue."
     if not messages:
         raise Dropped("empty")
     text = read_messages(messages, where)
@@ -245,7 +245,7 @@ def read_chat_side(messages: list, prompt: str | None, where: str) -> str:
 
 
 def read_text_side(text: str, prompt: str | None, plain: bool, where: str) -> str:
-    "A string: a whole dialogue if it begins with the prompt or there is none, else a reply."
+    "Write a string as a whole dialogue."
     if not prompt:
         if not TURN.search(check_dialogue(text, where, "the text")):
             turns = " or ".join(map(repr, MARKERS.values()))
@@ -260,7 +260,7 @@ def read_text_side(text: str, prompt: str | None, plain: bool, where: str) -> st
     space = "" if text[:1].isspace() and not plain else " "
     return prompt + MARKERS["assistant"] + space + text
 
-
+# %% ../nbs/10_formats.ipynb #cell-41
 def check_prompt(prompt: str | None, fault: str, remedy: str) -> None:
     "A reply needs a prompt: without one raise `ValueError`, with an empty one `Dropped`."
     if prompt is None:
@@ -268,7 +268,7 @@ def check_prompt(prompt: str | None, fault: str, remedy: str) -> None:
     if prompt == "":
         raise Dropped("empty")
 
-# %% ../nbs/10_formats.ipynb #cell-42
+# %% ../nbs/10_formats.ipynb #cell-49
 def apply_template(
     tokenizer,  # with a chat template, or without one
     prompt: str,  # in HH-RLHF's form
@@ -289,7 +289,7 @@ def apply_template(
         )
     return start, [whole.removeprefix(start) for whole in wholes]
 
-
+# %% ../nbs/10_formats.ipynb #cell-50
 def write_chat(tokenizer, text: str, **options) -> str:
     "Write a dialogue by the chat template; raises `ValueError` if the template refuses it."
     if not text:
@@ -303,7 +303,7 @@ def write_chat(tokenizer, text: str, **options) -> str:
             f"template: the tokenizer's chat template refuses a dialogue ({said})."
         ) from None
 
-
+# %% ../nbs/10_formats.ipynb #cell-51
 def check_turns(prompt: str) -> None:
     "Raise `ValueError` for a prompt that can't be read as messages."
     if prompt and not TURN.search(prompt):
