@@ -100,10 +100,8 @@ class RewardDistribution:
         return torch.sigmoid(differences).mean((-2, -1))
 
     def crossing_rate(self) -> torch.Tensor:
-        "Share of neighbouring levels of which the higher has the lower quantile, `[...]`."
-        if self.quantiles.shape[-1] == 1:
-            return torch.zeros(self.quantiles.shape[:-1])
-        return (self.quantiles.diff(dim=-1) < 0).float().mean(-1)
+        "Share of neighbouring levels of which the higher has the lower quantile, `[...]`; or 0."
+        return (self.quantiles.diff(dim=-1) < 0).float().mean(-1).nan_to_num(0.0)
 
     def rearranged(self) -> "RewardDistribution":
         "The same values in increasing order (Chernozhukov, Fernández-Val, Galichon 2010)."
@@ -161,16 +159,12 @@ def load_tokenizer(
 
 
 def check_tokenizer(tokenizer, name):
+    it = f"backbone: the tokenizer of {name}"
     if not tokenizer.is_fast:
-        raise ValueError(
-            f"backbone: the tokenizer of {name} is not a fast one; save it with a tokenizer.json."
-        )
+        raise ValueError(f"{it} is not a fast one; save it with a tokenizer.json.")
     ids = tokenizer("Hello, world!", add_special_tokens=False)["input_ids"]
     if not ids or set(ids) == {tokenizer.unk_token_id}:
-        raise ValueError(
-            f"backbone: the tokenizer of {name} makes no tokens of a text; "
-            "give a folder with its tokenizer.json."
-        )
+        raise ValueError(f"{it} makes no tokens of a text; give a folder with its tokenizer.json.")
 
 # %% ../nbs/01_model.ipynb #cell-32
 def train_tokenizer(
@@ -240,10 +234,8 @@ def load_reward_model(
 def check_outputs(config, name, n, family):
     trained = len(getattr(config, "quantile_levels", [])) or n
     if trained != n and family != "normal":
-        raise ValueError(
-            f"n: {n} outputs were asked for, but {name} is a reward model with {trained}; "
-            f"give n={trained}."
-        )
+        problem = f"{n} outputs were asked for, but {name} is a reward model with {trained}"
+        raise ValueError(f"n: {problem}; give n={trained}.")
 
 
 def set_dropout(model, dropout):
