@@ -41,7 +41,7 @@ def quantile_levels(
     "The quantile levels of a model with N outputs (QR-DQN, lemma 2)."
     return [(2 * i + 1) / (2 * n) for i in range(n)]
 
-# %% ../nbs/01_model.ipynb #cell-14
+# %% ../nbs/01_model.ipynb #cell-13
 def interpolate_quantile(
     quantiles: np.ndarray | torch.Tensor,  # `[..., N]` at the levels `quantile_levels(N)`
     level: float,  # in (0, 1)
@@ -53,7 +53,7 @@ def interpolate_quantile(
     part = level * n - 0.5 - low
     return quantiles[..., low] + part * (quantiles[..., high] - quantiles[..., low])
 
-# %% ../nbs/01_model.ipynb #cell-17
+# %% ../nbs/01_model.ipynb #cell-16
 def cvar_weights(
     n: int,  # number of quantiles
     alpha: float,  # share of the lower tail, in (0, 1]
@@ -69,7 +69,7 @@ def check_tail(alpha):
             f"alpha: {alpha} is no share of the lower tail; give a number above 0 and at most 1."
         )
 
-# %% ../nbs/01_model.ipynb #cell-20
+# %% ../nbs/01_model.ipynb #cell-19
 @dataclass(frozen=True)
 class RewardDistribution:
     "Reward distributions, each given by N equally likely quantiles in the order of their levels."
@@ -115,7 +115,7 @@ def check_level(level, n):
             f"level: {level} is outside the {n} predicted levels, {low:g} to {high:g}."
         )
 
-# %% ../nbs/01_model.ipynb #cell-28
+# %% ../nbs/01_model.ipynb #cell-27
 def local_or_hub(
     load: Callable,  # a `from_pretrained`
     name: str | Path,  # folder (relative to the repository root) or id on the Hub
@@ -145,7 +145,7 @@ def local_or_hub(
             "or give a local folder with the model and its tokenizer."
         ) from None
 
-# %% ../nbs/01_model.ipynb #cell-30
+# %% ../nbs/01_model.ipynb #cell-29
 def load_tokenizer(
     name: str | Path,  # folder or id on the Hub
 ):  # a fast tokenizer with an end token and a padding token of its own
@@ -166,7 +166,7 @@ def check_tokenizer(tokenizer, name):
     if not ids or set(ids) == {tokenizer.unk_token_id}:
         raise ValueError(f"{it} makes no tokens of a text; give a folder with its tokenizer.json.")
 
-# %% ../nbs/01_model.ipynb #cell-32
+# %% ../nbs/01_model.ipynb #cell-31
 def train_tokenizer(
     texts: list[str],  # training text
     vocab_size: int,  # number of tokens; at least 256 bytes and 2 special tokens
@@ -198,7 +198,7 @@ def tiny_gpt2(
     special = dict(bos_token_id=end, eos_token_id=end, pad_token_id=pad)
     return GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **sizes, **dropout, **special))
 
-# %% ../nbs/01_model.ipynb #cell-39
+# %% ../nbs/01_model.ipynb #cell-37
 def load_reward_model(
     name: str | Path,  # folder or id on the Hub: a backbone, or a reward model with n quantiles
     tokenizer,  # its tokenizer, from `load_tokenizer`
@@ -246,7 +246,7 @@ def set_dropout(model, dropout):
     for layer in layers:
         layer.p = dropout
 
-# %% ../nbs/01_model.ipynb #cell-47
+# %% ../nbs/01_model.ipynb #cell-45
 @torch.no_grad()
 def score(
     model: PreTrainedModel,  # a reward model
@@ -291,7 +291,7 @@ def check_fits(start, lengths, limit):
             f"with its end token, but a sequence may have {limit}; leave it out."
         )
 
-# %% ../nbs/01_model.ipynb #cell-49
+# %% ../nbs/01_model.ipynb #cell-47
 def read_quantiles(
     outputs: torch.Tensor,  # a reward model's logits, `[..., outputs]`
     config,  # its configuration
@@ -312,7 +312,7 @@ def normal_quantiles(
     z = torch.special.ndtri(torch.tensor(quantile_levels(n), device=outputs.device))
     return mean[..., None] + log_scale.clamp(-8, 8).exp()[..., None] * z
 
-# %% ../nbs/01_model.ipynb #cell-60
+# %% ../nbs/01_model.ipynb #cell-57
 def to_scalar(
     model: PreTrainedModel,  # a reward model with N outputs
     weights: list[float] | None = None,  # N weights, such as `cvar_weights(10, .2)`; None: the mean
