@@ -107,7 +107,7 @@ class RewardDistribution:
         "The same values in increasing order (Chernozhukov, Fernández-Val, Galichon 2010)."
         return RewardDistribution(self.quantiles.sort(-1).values)
 
-
+# %% ../nbs/01_model.ipynb #cell-20
 def check_level(level, n):
     low, high = 1 / (2 * n), 1 - 1 / (2 * n)
     if not low - 1e-6 <= level <= high + 1e-6:
@@ -115,7 +115,7 @@ def check_level(level, n):
             f"level: {level} is outside the {n} predicted levels, {low:g} to {high:g}."
         )
 
-# %% ../nbs/01_model.ipynb #cell-27
+# %% ../nbs/01_model.ipynb #cell-28
 def local_or_hub(
     load: Callable,  # a `from_pretrained`
     name: str | Path,  # folder (relative to the repository root) or id on the Hub
@@ -145,7 +145,7 @@ def local_or_hub(
             "or give a local folder with the model and its tokenizer."
         ) from None
 
-# %% ../nbs/01_model.ipynb #cell-29
+# %% ../nbs/01_model.ipynb #cell-30
 def load_tokenizer(
     name: str | Path,  # folder or id on the Hub
 ):  # a fast tokenizer with an end token and a padding token of its own
@@ -157,7 +157,7 @@ def load_tokenizer(
         tokenizer.add_special_tokens(dict(pad_token="<|pad|>"))
     return tokenizer
 
-
+# %% ../nbs/01_model.ipynb #cell-31
 def check_tokenizer(tokenizer, name):
     it = f"backbone: the tokenizer of {name}"
     if not tokenizer.is_fast:
@@ -166,7 +166,7 @@ def check_tokenizer(tokenizer, name):
     if not ids or set(ids) == {tokenizer.unk_token_id}:
         raise ValueError(f"{it} makes no tokens of a text; give a folder with its tokenizer.json.")
 
-# %% ../nbs/01_model.ipynb #cell-31
+# %% ../nbs/01_model.ipynb #cell-33
 def train_tokenizer(
     texts: list[str],  # training text
     vocab_size: int,  # number of tokens; at least 256 bytes and 2 special tokens
@@ -181,7 +181,7 @@ def train_tokenizer(
     bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, **options))
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=end, pad_token=pad)
 
-
+# %% ../nbs/01_model.ipynb #cell-37
 def tiny_gpt2(
     tokenizer,  # its vocabulary sets the model's
     max_length: int,  # longest sequence in tokens
@@ -198,7 +198,7 @@ def tiny_gpt2(
     special = dict(bos_token_id=end, eos_token_id=end, pad_token_id=pad)
     return GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **sizes, **dropout, **special))
 
-# %% ../nbs/01_model.ipynb #cell-37
+# %% ../nbs/01_model.ipynb #cell-44
 def load_reward_model(
     name: str | Path,  # folder or id on the Hub: a backbone, or a reward model with n quantiles
     tokenizer,  # its tokenizer, from `load_tokenizer`
@@ -230,7 +230,7 @@ def load_reward_model(
         set_dropout(model, dropout)
     return model
 
-
+# %% ../nbs/01_model.ipynb #cell-45
 def check_outputs(config, name, n, family):
     trained = len(getattr(config, "quantile_levels", [])) or n
     if trained != n and family != "normal":
@@ -246,7 +246,7 @@ def set_dropout(model, dropout):
     for layer in layers:
         layer.p = dropout
 
-# %% ../nbs/01_model.ipynb #cell-45
+# %% ../nbs/01_model.ipynb #cell-53
 @torch.no_grad()
 def score(
     model: PreTrainedModel,  # a reward model
@@ -274,7 +274,7 @@ def score(
         found.append(compute(model, start, chunk, tokenizer.pad_token_id).float().cpu())
     return read_quantiles(torch.cat(found)[np.argsort(order)], model.config)
 
-
+# %% ../nbs/01_model.ipynb #cell-54
 def dialogue_text(prompt, responses):
     "Chat messages in HH-RLHF's form."
     marker = MARKERS["assistant"]
@@ -282,7 +282,7 @@ def dialogue_text(prompt, responses):
     texts = [messages_to_text(reply).removeprefix(marker) for reply in replies]
     return messages_to_text(prompt) + marker, texts
 
-
+# %% ../nbs/01_model.ipynb #cell-55
 def check_fits(start, lengths, limit):
     longest = max(lengths)
     if start + longest > limit:
@@ -291,7 +291,7 @@ def check_fits(start, lengths, limit):
             f"with its end token, but a sequence may have {limit}; leave it out."
         )
 
-# %% ../nbs/01_model.ipynb #cell-47
+# %% ../nbs/01_model.ipynb #cell-57
 def read_quantiles(
     outputs: torch.Tensor,  # a reward model's logits, `[..., outputs]`
     config,  # its configuration
@@ -302,7 +302,7 @@ def read_quantiles(
         return normal_quantiles(outputs, len(config.quantile_levels))
     return outputs.sort(-1).values if family == "free" else outputs
 
-
+# %% ../nbs/01_model.ipynb #cell-58
 def normal_quantiles(
     outputs: torch.Tensor,  # μ and log s, `[..., 2]`; log s is kept between −8 and 8
     n: int,  # number of quantiles, N
@@ -312,7 +312,7 @@ def normal_quantiles(
     z = torch.special.ndtri(torch.tensor(quantile_levels(n), device=outputs.device))
     return mean[..., None] + log_scale.clamp(-8, 8).exp()[..., None] * z
 
-# %% ../nbs/01_model.ipynb #cell-57
+# %% ../nbs/01_model.ipynb #cell-68
 def to_scalar(
     model: PreTrainedModel,  # a reward model with N outputs
     weights: list[float] | None = None,  # N weights, such as `cvar_weights(10, .2)`; None: the mean
@@ -330,7 +330,7 @@ def to_scalar(
     model.config.quantile_levels, model.config.quantile_family = quantile_levels(1), None
     return model
 
-
+# %% ../nbs/01_model.ipynb #cell-69
 def output_weights(config, weights):
     "With which weights the outputs enter; the mean of a normal distribution is μ."
     n, family = config.num_labels, getattr(config, "quantile_family", None)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['pack_row', 'collate_shared', 'shared_mask', 'find_head', 'reading_at', 'shared_quantiles', 'separate_outputs',
-           'packed_outputs', 'shares_prompt', 'probe_row']
+           'packed_outputs', 'probe_row', 'shares_prompt']
 
 # %% ../nbs/12_packing.ipynb #cell-3
 from contextlib import contextmanager
@@ -29,7 +29,7 @@ def pack_row(
         ends.append(len(ids) - 1)
     return dict(input_ids=ids, position_ids=positions, segments=segments, ends=ends)
 
-# %% ../nbs/12_packing.ipynb #cell-13
+# %% ../nbs/12_packing.ipynb #cell-12
 def collate_shared(
     rows: list[tuple[list[int], list[list[int]]]],  # prompt, K responses; K the same in each row
     pad_token_id: int,  # the padding token
@@ -40,7 +40,7 @@ def collate_shared(
     batch = {name: pad_rows([row[name] for row in packed], by) for name, by in padding.items()}
     return batch | dict(ends=torch.tensor([row["ends"] for row in packed]))
 
-# %% ../nbs/12_packing.ipynb #cell-16
+# %% ../nbs/12_packing.ipynb #cell-15
 def shared_mask(
     segments: torch.Tensor,  # from `collate_shared`, `[batch, tokens]`
     dtype: torch.dtype = torch.float32,  # of the model's hidden states
@@ -62,7 +62,7 @@ def find_head(
     layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
     return [m for m in layers if m.out_features == model.config.num_labels][-1]
 
-
+# %% ../nbs/12_packing.ipynb #cell-25
 @contextmanager
 def reading_at(
     model: PreTrainedModel,  # a reward model without wrappers, whose head sees every token
@@ -80,7 +80,7 @@ def reading_at(
     finally:
         hook.remove()
 
-# %% ../nbs/12_packing.ipynb #cell-24
+# %% ../nbs/12_packing.ipynb #cell-29
 def shared_quantiles(
     model,  # a reward model, wrapped or not
     batch: dict[str, torch.Tensor],  # from `collate_shared`
@@ -97,7 +97,7 @@ def shared_quantiles(
         ).logits
     return out.unflatten(-1, (batch["ends"].shape[1], -1))
 
-# %% ../nbs/12_packing.ipynb #cell-28
+# %% ../nbs/12_packing.ipynb #cell-32
 def separate_outputs(
     model: PreTrainedModel,  # a reward model
     prompt: list[int],  # token ids
@@ -108,7 +108,7 @@ def separate_outputs(
     batch = collate_sequences([prompt + r for r in responses], pad_token_id)
     return model(**{name: values.to(model.device) for name, values in batch.items()}).logits
 
-
+# %% ../nbs/12_packing.ipynb #cell-34
 def packed_outputs(
     model: PreTrainedModel,  # a reward model
     prompt: list[int],  # token ids
@@ -120,7 +120,20 @@ def packed_outputs(
     batch = {name: values.to(model.device) for name, values in batch.items()}
     return shared_quantiles(model, batch)[0]
 
-# %% ../nbs/12_packing.ipynb #cell-36
+# %% ../nbs/12_packing.ipynb #cell-43
+def probe_row(
+    config,  # of the model's text part
+    pad_token_id: int,  # the padding token
+    longest: int,  # tokens in the longest sequence that will come
+) -> tuple[list[int], list[list[int]]]:  # a prompt and two responses
+    "Token ids to try a model on: `longest` tokens a sequence, or 48 where no window is in the way."
+    n = longest if getattr(config, "sliding_window", None) else min(longest, 48)
+    rest = n - n // 3
+    ids = torch.arange(3 * n) % (config.vocab_size - 1)
+    ids = (ids + (ids == pad_token_id)).tolist()
+    return ids[: n // 3], [ids[n : n + rest], ids[2 * n : 2 * n + rest // 2 + 1]]
+
+# %% ../nbs/12_packing.ipynb #cell-45
 def shares_prompt(
     model: PreTrainedModel,  # a reward model
     pad_token_id: int,  # the padding token
@@ -141,17 +154,3 @@ def shares_prompt(
         return False  # it can't take such a row at all
     finally:
         model.train(training)
-
-
-def probe_row(
-    config,  # of the model's text part
-    pad_token_id: int,  # the padding token
-    longest: int,  # tokens in the longest sequence that will come
-) -> tuple[list[int], list[list[int]]]:  # a prompt and two responses
-    "Made-up token ids to try a model on: 48 tokens a sequence, or `longest` where it has a window."
-    window = getattr(config, "sliding_window", None)
-    n = longest if window else min(longest, 48)
-    rest = n - n // 3
-    ids = torch.arange(3 * n) % (config.vocab_size - 1)
-    ids = (ids + (ids == pad_token_id)).tolist()
-    return ids[: n // 3], [ids[n : n + rest], ids[2 * n : 2 * n + rest // 2 + 1]]
