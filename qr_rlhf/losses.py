@@ -61,11 +61,8 @@ def quantile_huber(
 class Objective:
     "What the outputs of a reward model mean, and what pairs cost."
 
-    def quantiles(
-        self,
-        outputs: torch.Tensor,  # of the reward model, `[..., outputs]`
-    ) -> torch.Tensor:  # `[..., N]`
-        "The predicted quantiles."
+    def quantiles(self, outputs: torch.Tensor) -> torch.Tensor:
+        "The predicted quantiles: `[..., outputs]` to `[..., N]`."
         return outputs
 
     def log_win(
@@ -154,12 +151,12 @@ def check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         raise ValueError(f"{name}: {value!r} is unknown; choose one of {', '.join(known)}.")
 
-# %% ../nbs/02_losses.ipynb #cell-57
+# %% ../nbs/02_losses.ipynb #cell-58
 @dataclass(frozen=True)
 class DistributionalObjective(Objective):
     """Likelihood of the vote when both rewards are drawn from the predicted distributions.
 
-    With normal quantiles it is the model of `PURM`, on N quantiles and with a pool.
+    With normal quantiles it is PURM's model (arXiv 2503.22480), on N quantiles, with a pool.
     """
 
     family: str = "normal"  # `normal`: outputs are μ, log s; `free`: the quantiles in any order
@@ -188,7 +185,7 @@ class DistributionalObjective(Objective):
         if self.pool < 0:
             raise ValueError(f"pool: {self.pool} was given; it may not be negative.")
 
-# %% ../nbs/02_losses.ipynb #cell-63
+# %% ../nbs/02_losses.ipynb #cell-64
 def difference_scale(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
     "Standard deviation of R_chosen − R_rejected from outputs (μ, log σ): `[..., 2]` to `[...]`."
     return torch.logaddexp(2 * chosen[..., 1], 2 * rejected[..., 1]).mul(0.5).exp()
@@ -196,10 +193,7 @@ def difference_scale(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tens
 
 @dataclass(frozen=True)
 class PURM(Objective):
-    """Normal rewards with unit logistic noise; outputs are μ and log σ.
-
-    The probabilistic uncertain reward model (arXiv 2503.22480), its integral by quadrature.
-    """
+    "Normal rewards (outputs μ, log σ) and unit logistic noise: PURM (arXiv 2503.22480)."
 
     n: int = 10  # quantiles to read
 
@@ -215,26 +209,20 @@ class PURM(Objective):
         difference = (chosen[..., 0] - rejected[..., 0])[..., None] + sd[..., None] * nodes
         return (logsigmoid(difference) + (weights / weights.sum()).log()).logsumexp(-1)
 
-# %% ../nbs/02_losses.ipynb #cell-67
+# %% ../nbs/02_losses.ipynb #cell-68
 @dataclass(frozen=True)
 class NormalDPL(PURM):
-    """Normal rewards without further noise; outputs are μ and log σ.
-
-    Mean-and-variance distributional preference learning (Siththaranjan et al. 2023).
-    """
+    "Normal rewards (outputs μ, log σ), no further noise: DPL, first form (arXiv 2312.08358)."
 
     def log_win(self, chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
         "log Φ((μ_c − μ_r)/√(σ_c² + σ_r²)): log probability that chosen wins, `[..., batch]`."
         sd = difference_scale(chosen, rejected)
         return torch.special.log_ndtr((chosen[..., 0] - rejected[..., 0]) / sd)
 
-# %% ../nbs/02_losses.ipynb #cell-72
+# %% ../nbs/02_losses.ipynb #cell-73
 @dataclass(frozen=True)
 class CategoricalDPL(Objective):
-    """Rewards on K evenly spaced values in [0, 1]; outputs are K logits.
-
-    Categorical distributional preference learning (Siththaranjan et al. 2023).
-    """
+    "Rewards on K evenly spaced values in [0, 1] (outputs K logits): DPL, second form."
 
     n: int = 10  # quantiles to read
 
@@ -253,7 +241,7 @@ class CategoricalDPL(Objective):
         below = pad(q[..., :-1].logcumsumexp(-1), (1, 0), value=-torch.inf)  # log P(R_r < value)
         return torch.logaddexp(p + below, p + q - math.log(2)).logsumexp(-1)
 
-# %% ../nbs/02_losses.ipynb #cell-78
+# %% ../nbs/02_losses.ipynb #cell-79
 OBJECTIVES = {  # name → (objective, number of outputs)
     "scalar": (PaperObjective(target="none"), 1),
     "paper": (PaperObjective(), 10),
