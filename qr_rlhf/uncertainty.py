@@ -66,7 +66,7 @@ def against_truth(
         crossing=crossing,
     )
 
-
+# %% ../nbs/07_uncertainty.ipynb #cell-21
 def at_ten_levels(quantiles: np.ndarray) -> np.ndarray:
     "Quantiles `[n, N]` at the levels .05, .15, …, .95, `[n, 10]`."
     return np.stack([interpolate_quantile(quantiles, (2 * i + 1) / 20) for i in range(10)], -1)
@@ -83,7 +83,7 @@ def compare_spreads(
     partial = partial_correlation(own, true, true_mean)
     return dict(zip(names, (correlation, partial, explained(own, mean)), strict=True))
 
-# %% ../nbs/07_uncertainty.ipynb #cell-24
+# %% ../nbs/07_uncertainty.ipynb #cell-25
 SHARES = np.arange(0.1, 1.01, 0.1)  # of pairs kept
 
 
