@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLORS', 'NAMES', 'style', 'first_seed', 'draw_distribution', 'finish', 'figure2', 'figure3', 'reliability_figure']
 
-# %% ../nbs/05_figures.ipynb #05-003
+# %% ../nbs/05_figures.ipynb #cell-3
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -15,14 +15,23 @@ from matplotlib.figure import Figure
 from textwrap import fill
 from .analysis import ece, reliability, to_arrays, win_logprob
 
-# %% ../nbs/05_figures.ipynb #05-007
+# %% ../nbs/05_figures.ipynb #cell-7
 COLORS = dict(
     chosen="#0072B2",
     rejected="#D55E00",
-    lowest="#CC79A7",
-    highest="#009E73",
+    lowest="#1B2A6B",
+    highest="#86B300",
     scalar="#56B4E9",
+    ensemble="#5E3C99",
     quantile="#E69F00",
+    paper="#E69F00",
+    free="#CC79A7",
+    distributional="#800026",
+    purm="#009E73",
+    dpl_normal="#C2C2C2",
+    dpl_categorical="#6B6B6B",
+    length="#8B5A2B",
+    truth="#000000",
 )
 
 
@@ -41,8 +50,8 @@ def style() -> AbstractContextManager:  # `with style(): ...`
         }
     )
 
-# %% ../nbs/05_figures.ipynb #05-011
-NAMES = {"scalar": "scalar model", "quantile": "QR model"}
+# %% ../nbs/05_figures.ipynb #cell-11
+NAMES = {"scalar": "scalar model", "quantile": "quantile model"}
 
 
 def first_seed(
@@ -96,7 +105,7 @@ def finish(
     plt.close(fig)
     return fig
 
-# %% ../nbs/05_figures.ipynb #05-013
+# %% ../nbs/05_figures.ipynb #cell-13
 def figure2(
     rewards: pd.DataFrame,  # the rewards table
     note: str,  # which data and model; stands below the panels
@@ -118,7 +127,7 @@ def figure2(
             f"{note}; reward of the QR model: mean of its quantiles; dashed: medians",
         )
 
-# %% ../nbs/05_figures.ipynb #05-016
+# %% ../nbs/05_figures.ipynb #cell-16
 def figure3(
     rewards: pd.DataFrame,  # the rewards table, with a quantile model
     note: str,  # which data and model; stands below the panel
@@ -142,7 +151,7 @@ def figure3(
             fig, "Lowest and highest quantile over all responses", f"{note}; dashed: medians"
         )
 
-# %% ../nbs/05_figures.ipynb #05-019
+# %% ../nbs/05_figures.ipynb #cell-19
 def reliability_figure(
     rewards: pd.DataFrame,  # the rewards table
     note: str,  # which data and model; stands below the panel
