@@ -44,7 +44,7 @@ def system_text(
     first = TURN.search(text)
     return text[: first.start()] if first else ""
 
-
+# %% ../nbs/10_formats.ipynb #cell-17
 def text_to_messages(
     text: str,  # a dialogue in HH-RLHF's form
 ) -> list[dict]:  # `[{"role": ..., "content": ...}, ...]`
@@ -58,11 +58,11 @@ def text_to_messages(
                 messages.append(dict(role=role, content=content))
     return messages
 
-# %% ../nbs/10_formats.ipynb #cell-18
+# %% ../nbs/10_formats.ipynb #cell-20
 class Dropped(Exception):
     "A row that can't be used, though nothing is wrong with its file; the argument is the reason."
 
-# %% ../nbs/10_formats.ipynb #cell-20
+# %% ../nbs/10_formats.ipynb #cell-22
 def read_message(
     message: object,  # what should be a message
     first: bool,  # whether it opens its list
@@ -81,7 +81,7 @@ def read_message(
         raise Dropped("turn_marker")
     return dict(role=role, content=content)
 
-# %% ../nbs/10_formats.ipynb #cell-21
+# %% ../nbs/10_formats.ipynb #cell-24
 def join_parts(content: object) -> object:
     "Join a content given as a list of texts; leave any other as it is."
     is_list = isinstance(content, list)
@@ -95,7 +95,7 @@ def uses_tools(message: dict) -> bool:
     calls = message.get("tool_calls") or message.get("function_call")
     return bool(calls) or message["role"] in ("tool", "function")
 
-# %% ../nbs/10_formats.ipynb #cell-22
+# %% ../nbs/10_formats.ipynb #cell-26
 def check_message(message: object, where: str) -> None:
     "Raise `ValueError` for what has no role, no content, or a role that we don't know."
     known = message if isinstance(message, dict) else {}
@@ -119,7 +119,7 @@ def check_text(text: object, where: str, what: str) -> str:
         )
     return text
 
-# %% ../nbs/10_formats.ipynb #cell-23
+# %% ../nbs/10_formats.ipynb #cell-27
 def read_messages(
     messages: list,  # of a file
     where: str,  # file, line and field
@@ -129,7 +129,7 @@ def read_messages(
         [read_message(m, i == 0, f"{where}, message {i + 1}") for i, m in enumerate(messages)]
     )
 
-# %% ../nbs/10_formats.ipynb #cell-31
+# %% ../nbs/10_formats.ipynb #cell-34
 SIDES = ("chosen", "rejected")
 
 
@@ -145,7 +145,7 @@ def read_row(
     read = {side: read_side(row[side], prompt, plain, f"{where}: {side}") for side in SIDES}
     return read | ({"share": float(row["share"])} if "share" in row else {})
 
-# %% ../nbs/10_formats.ipynb #cell-32
+# %% ../nbs/10_formats.ipynb #cell-35
 def check_row(row: object, where: str) -> None:
     "Raise `ValueError` unless both sides are strings, or both are lists, and the share is one."
     if not isinstance(row, dict):
@@ -176,7 +176,7 @@ def check_row(row: object, where: str) -> None:
             "the share of votes for 'chosen', in every row or in none."
         )
 
-# %% ../nbs/10_formats.ipynb #cell-34
+# %% ../nbs/10_formats.ipynb #cell-37
 OPEN = re.compile(MARKERS["assistant"] + r"\s*\Z")
 
 
@@ -200,7 +200,7 @@ def read_prompt(
         )
     return text
 
-# %% ../nbs/10_formats.ipynb #cell-35
+# %% ../nbs/10_formats.ipynb #cell-38
 def check_dialogue(text: object, where: str, what: str) -> str:
     "As `check_text`; raise `ValueError` too where the first marker lacks its two line breaks."
     if re.match(r"\s*(Human|Assistant):", system_text(check_text(text, where, what))):
@@ -210,7 +210,7 @@ def check_dialogue(text: object, where: str, what: str) -> str:
         )
     return text
 
-# %% ../nbs/10_formats.ipynb #cell-38
+# %% ../nbs/10_formats.ipynb #cell-41
 def read_side(
     side: str | list,  # a row's chosen or rejected
     prompt: str | None,  # from `read_prompt`
@@ -229,7 +229,7 @@ def begins_with(text: str, prompt: str) -> bool:
     without_system = text.removeprefix(system_text(text))
     return any(split_turns(t)[: len(turns)] == turns for t in (text, without_system))
 
-# %% ../nbs/10_formats.ipynb #cell-40
+# %% ../nbs/10_formats.ipynb #cell-44
 def read_chat_side(messages: list, prompt: str | None, where: str) -> str:
     "Write messages as a whole dialogue."
     if not messages:
@@ -243,7 +243,7 @@ def read_chat_side(messages: list, prompt: str | None, where: str) -> str:
         raise Dropped("prompt_differs")
     return text
 
-
+# %% ../nbs/10_formats.ipynb #cell-46
 def read_text_side(text: str, prompt: str | None, plain: bool, where: str) -> str:
     "Write a string as a whole dialogue."
     if not prompt:
@@ -260,7 +260,7 @@ def read_text_side(text: str, prompt: str | None, plain: bool, where: str) -> st
     space = "" if text[:1].isspace() and not plain else " "
     return prompt + MARKERS["assistant"] + space + text
 
-# %% ../nbs/10_formats.ipynb #cell-41
+# %% ../nbs/10_formats.ipynb #cell-47
 def check_prompt(prompt: str | None, fault: str, remedy: str) -> None:
     "A reply needs a prompt: without one raise `ValueError`, with an empty one `Dropped`."
     if prompt is None:
@@ -268,7 +268,7 @@ def check_prompt(prompt: str | None, fault: str, remedy: str) -> None:
     if prompt == "":
         raise Dropped("empty")
 
-# %% ../nbs/10_formats.ipynb #cell-49
+# %% ../nbs/10_formats.ipynb #cell-55
 def apply_template(
     tokenizer,  # with a chat template, or without one
     prompt: str,  # in HH-RLHF's form
@@ -289,7 +289,7 @@ def apply_template(
         )
     return start, [whole.removeprefix(start) for whole in wholes]
 
-# %% ../nbs/10_formats.ipynb #cell-50
+# %% ../nbs/10_formats.ipynb #cell-56
 def write_chat(tokenizer, text: str, **options) -> str:
     "Write a dialogue by the chat template; raises `ValueError` if the template refuses it."
     if not text:
@@ -303,7 +303,7 @@ def write_chat(tokenizer, text: str, **options) -> str:
             f"template: the tokenizer's chat template refuses a dialogue ({said})."
         ) from None
 
-# %% ../nbs/10_formats.ipynb #cell-51
+# %% ../nbs/10_formats.ipynb #cell-57
 def check_turns(prompt: str) -> None:
     "Raise `ValueError` for a prompt that can't be read as messages."
     if prompt and not TURN.search(prompt):
