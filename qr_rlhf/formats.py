@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MARKERS', 'TURN', 'SIDES', 'OPEN', 'split_turns', 'messages_to_text', 'system_text', 'text_to_messages', 'Dropped',
            'read_message', 'join_parts', 'uses_tools', 'check_message', 'check_text', 'read_messages', 'read_row',
-           'check_row', 'read_prompt', 'check_dialogue', 'read_side', 'begins_with', 'read_chat_side', 'read_text_side',
-           'check_prompt', 'apply_template', 'write_chat', 'check_turns']
+           'check_row', 'read_prompt', 'check_dialogue', 'read_side', 'begins_with', 'read_chat_side', 'check_prompt',
+           'read_text_side', 'apply_template', 'write_chat', 'check_turns']
 
 # %% ../nbs/10_formats.ipynb #cell-3
 import re
@@ -243,7 +243,15 @@ def read_chat_side(messages: list, prompt: str | None, where: str) -> str:
         raise Dropped("prompt_differs")
     return text
 
-# %% ../nbs/10_formats.ipynb #cell-46
+# %% ../nbs/10_formats.ipynb #cell-45
+def check_prompt(prompt: str | None, fault: str, remedy: str) -> None:
+    "A reply needs a prompt: without one raise `ValueError`, with an empty one `Dropped`."
+    if prompt is None:
+        raise ValueError(f"{fault} and there is no prompt; give a field 'prompt', or {remedy}.")
+    if prompt == "":
+        raise Dropped("empty")
+
+# %% ../nbs/10_formats.ipynb #cell-47
 def read_text_side(text: str, prompt: str | None, plain: bool, where: str) -> str:
     "Write a string as a whole dialogue."
     if not prompt:
@@ -259,14 +267,6 @@ def read_text_side(text: str, prompt: str | None, plain: bool, where: str) -> st
         raise Dropped("turn_marker")
     space = "" if text[:1].isspace() and not plain else " "
     return prompt + MARKERS["assistant"] + space + text
-
-# %% ../nbs/10_formats.ipynb #cell-47
-def check_prompt(prompt: str | None, fault: str, remedy: str) -> None:
-    "A reply needs a prompt: without one raise `ValueError`, with an empty one `Dropped`."
-    if prompt is None:
-        raise ValueError(f"{fault} and there is no prompt; give a field 'prompt', or {remedy}.")
-    if prompt == "":
-        raise Dropped("empty")
 
 # %% ../nbs/10_formats.ipynb #cell-55
 def apply_template(
