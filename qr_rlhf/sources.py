@@ -74,13 +74,12 @@ def read_file(
         raise ValueError(f"{path}: the file is empty; fetch it again.")
     return rows
 
-
+# %% ../nbs/11_sources.ipynb #cell-8
 def number_rows(place: str, rows: Iterable) -> Rows:
     "Give each row its place."
     return [(f"{place} {i}", row) for i, row in enumerate(rows, start=1)]
 
-
-# %% ../nbs/11_sources.ipynb #cell-9
+# %% ../nbs/11_sources.ipynb #cell-11
 def read_parquet(path: Path) -> list[dict]:
     "Read the rows of a Parquet file, of the columns we use if it has any of them."
     try:
@@ -106,8 +105,7 @@ def read_bytes(path: Path) -> bytes:
         ) from None
     return data.removeprefix(b"\xef\xbb\xbf")
 
-
-# %% ../nbs/11_sources.ipynb #cell-10
+# %% ../nbs/11_sources.ipynb #cell-12
 def read_json(data: bytes, where: str) -> object:
     "Read one JSON value."
     try:
@@ -124,8 +122,7 @@ def read_json(data: bytes, where: str) -> object:
             f"{where}: not JSON that can be read; numbers or nesting are beyond all measure."
         ) from None
 
-
-# %% ../nbs/11_sources.ipynb #cell-15
+# %% ../nbs/11_sources.ipynb #cell-19
 def root_path(
     path: str | Path,  # absolute, or relative to the repository root
 ) -> Path:  # absolute
@@ -134,8 +131,7 @@ def root_path(
     root = next((p for p in (here, *here.parents) if (p / "settings.ini").exists()), here)
     return root / Path(path).expanduser()
 
-
-# %% ../nbs/11_sources.ipynb #cell-18
+# %% ../nbs/11_sources.ipynb #cell-22
 WORKLOADS = dict(helpful=["helpful-base"], harmless=["harmless-base"])
 
 
@@ -148,8 +144,7 @@ def file_names(folder: Path, pattern: str = "*/*") -> list[str]:
     "The files that stand one folder down."
     return [path.relative_to(folder).as_posix() for path in folder.glob(pattern)]
 
-
-# %% ../nbs/11_sources.ipynb #cell-19
+# %% ../nbs/11_sources.ipynb #cell-24
 def subset_file(folder: Path, subset: str, split: str) -> Path:
     "The file of one subset and split; raises `ValueError` if there is not exactly one."
     names = [f"{split}.jsonl", f"{split}.jsonl.gz"]
@@ -162,8 +157,7 @@ def subset_file(folder: Path, subset: str, split: str) -> Path:
         )
     return found[0]
 
-
-# %% ../nbs/11_sources.ipynb #cell-22
+# %% ../nbs/11_sources.ipynb #cell-27
 def folder_splits(folder: Path) -> dict[str, list[Path]]:
     "The files of each split of a folder; raises `ValueError` for none, or two files of one name."
     found = {}
@@ -185,8 +179,7 @@ def folder_splits(folder: Path) -> dict[str, list[Path]]:
         )
     return found
 
-
-# %% ../nbs/11_sources.ipynb #cell-25
+# %% ../nbs/11_sources.ipynb #cell-30
 def choose_split(
     found: list[str],  # names of the splits that exist
     split: str,  # what is wanted: `train` or `test`
@@ -206,8 +199,7 @@ def choose_split(
         )
     return names[-1] if split == "test" else names[0], len(names) == 1
 
-
-# %% ../nbs/11_sources.ipynb #cell-29
+# %% ../nbs/11_sources.ipynb #cell-34
 @contextmanager
 def reach_hub(repo: str, what: str = "this dataset") -> Iterator[DatasetInfo]:
     "Probe the Hub once; whatever fails, then or within, becomes a `ValueError` of one sentence."
@@ -230,8 +222,7 @@ def hub_file(repo: str, name: str) -> Path:
     with reach_hub(repo, name):
         return Path(hf_hub_download(**file))
 
-
-# %% ../nbs/11_sources.ipynb #cell-31
+# %% ../nbs/11_sources.ipynb #cell-36
 def cached_dataset(repo: str, config: str | None) -> dict | None:
     "What `load_dataset` made of a dataset before: its tables by split, or None."
     verbosity = get_verbosity()
@@ -244,8 +235,7 @@ def cached_dataset(repo: str, config: str | None) -> dict | None:
     finally:
         set_verbosity(verbosity)
 
-
-# %% ../nbs/11_sources.ipynb #cell-34
+# %% ../nbs/11_sources.ipynb #cell-39
 def hub_in_hh_layout(repo: str, configs: list[str | None]) -> bool:
     "Whether a dataset on the Hub is in HH-RLHF's layout, gzipped."
     try:
@@ -265,8 +255,7 @@ def hub_in_hh_layout(repo: str, configs: list[str | None]) -> bool:
         names = [file.rfilename for file in info.siblings]
     return in_hh_layout([name for name in names if name.endswith(".gz")])
 
-
-# %% ../nbs/11_sources.ipynb #cell-35
+# %% ../nbs/11_sources.ipynb #cell-40
 def hub_rows(
     repo: str, config: str | None, split: str, splits: list[str] | None
 ) -> tuple[Rows, bool]:
@@ -286,8 +275,7 @@ def hub_rows(
     rows = table.select_columns(columns) if columns else table
     return number_rows(f"'{repo}' ({name}), row", rows), cut
 
-
-# %% ../nbs/11_sources.ipynb #cell-37
+# %% ../nbs/11_sources.ipynb #cell-42
 def find_rows(
     data: str | Path,  # a file; a folder; or the id of a dataset on the Hub
     workload: str,  # which subset, in HH-RLHF's layout; else no more than a name
@@ -315,8 +303,7 @@ def find_rows(
     name, cut = choose_split(list(found), split, splits, str(path))
     return [row for file in found[name] for row in read_file(file)], cut
 
-
-# %% ../nbs/11_sources.ipynb #cell-38
+# %% ../nbs/11_sources.ipynb #cell-43
 def check_path(data: str | Path, path: Path) -> None:
     "Raise `ValueError` for what is written like a path and isn't there."
     like_path = str(data).startswith((".", "~")) or str(data).lower().endswith(ENDINGS)
@@ -347,8 +334,7 @@ def check_no_subsets(data: object, subsets: list | None) -> None:
             f"subsets: {data} is not in HH-RLHF's layout and has none; leave subsets out."
         )
 
-
-# %% ../nbs/11_sources.ipynb #cell-43
+# %% ../nbs/11_sources.ipynb #cell-48
 def name_workload(
     data: str,  # `synthetic` for the embedded world; or a file, a folder, or a dataset's id
 ) -> str:
