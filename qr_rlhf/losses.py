@@ -171,8 +171,7 @@ def check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         raise ValueError(f"{name}: {value!r} is unknown; choose one of {', '.join(known)}.")
 
-
-# %% ../nbs/02_losses.ipynb #cell-54
+# %% ../nbs/02_losses.ipynb #cell-55
 @dataclass(frozen=True)
 class DistributionalObjective(Objective):
     """Likelihood of the vote when both rewards are drawn from the predicted distributions.
@@ -206,8 +205,7 @@ class DistributionalObjective(Objective):
         if self.pool < 0:
             raise ValueError(f"pool: {self.pool} was given; it may not be negative.")
 
-
-# %% ../nbs/02_losses.ipynb #cell-59
+# %% ../nbs/02_losses.ipynb #cell-60
 def difference_scale(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
     "Standard deviation of R_chosen − R_rejected from outputs (μ, log σ): `[..., 2]` to `[...]`."
     return torch.logaddexp(2 * chosen[..., 1], 2 * rejected[..., 1]).mul(0.5).exp()
@@ -231,8 +229,7 @@ class PURM(Objective):
         difference = (chosen[..., 0] - rejected[..., 0])[..., None] + sd[..., None] * nodes
         return (logsigmoid(difference) + (weights / weights.sum()).log()).logsumexp(-1)
 
-
-# %% ../nbs/02_losses.ipynb #cell-63
+# %% ../nbs/02_losses.ipynb #cell-64
 @dataclass(frozen=True)
 class NormalDPL(PURM):
     "Normal rewards (outputs μ, log σ), no further noise: DPL, first form (arXiv 2312.08358)."
@@ -242,8 +239,7 @@ class NormalDPL(PURM):
         sd = difference_scale(chosen, rejected)
         return torch.special.log_ndtr((chosen[..., 0] - rejected[..., 0]) / sd)
 
-
-# %% ../nbs/02_losses.ipynb #cell-68
+# %% ../nbs/02_losses.ipynb #cell-69
 @dataclass(frozen=True)
 class CategoricalDPL(Objective):
     "Rewards on K evenly spaced values in [0, 1] (outputs K logits): DPL, second form."
@@ -265,8 +261,7 @@ class CategoricalDPL(Objective):
         below = pad(q[..., :-1].logcumsumexp(-1), (1, 0), value=-torch.inf)  # log P(R_r < value)
         return torch.logaddexp(p + below, p + q - math.log(2)).logsumexp(-1)
 
-
-# %% ../nbs/02_losses.ipynb #cell-74
+# %% ../nbs/02_losses.ipynb #cell-75
 OBJECTIVES = {  # name → (objective, number of outputs)
     "scalar": (PaperObjective(target="none"), 1),
     "paper": (PaperObjective(), 10),
