@@ -7,18 +7,14 @@ __all__ = [
     "CHAT_TEMPLATE",
     "MODEL_CARD",
     "CARD_METRICS",
-    "TASK",
-    "KIND",
     "JINJA",
     "ADAPTER_CARD",
     "EXPORT_CARD",
     "ending_normalizer",
-    "escape",
     "replacement",
     "ending_tokenizer",
     "check_ends",
     "measured",
-    "card_data",
     "model_card",
     "write_card",
     "export_card",
@@ -31,7 +27,7 @@ import re
 from pathlib import Path
 
 import jinja2
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import ModelCard
 from tokenizers import Tokenizer
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
@@ -49,7 +45,7 @@ def ending_normalizer(
     after: list[str],  # tokens after it
 ) -> dict:  # a normaliser
     "The tokenizer's own normaliser, and what writes these tokens unless they are there."
-    names = [escape(token["content"]) for token in state["added_tokens"]]
+    names = [re.escape(token["content"]) for token in state["added_tokens"]]
     text = rf"\A(?!(?:{'|'.join(names)})\z)"  # the beginning, unless a name is all there is
     own = state["normalizer"] or dict(normalizers=[])
     steps = [
@@ -57,15 +53,11 @@ def ending_normalizer(
         for step in own.get("normalizers", [own])
     ]
     for token in before[::-1]:
-        steps.append(replacement(f"{text}(?!{escape(token)})", token))
+        steps.append(replacement(f"{text}(?!{re.escape(token)})", token))
     for token in after:
-        others = [rf"\A{name}" for name in names if name != escape(token)]
-        steps.append(replacement(rf"(?<!{'|'.join([escape(token), *others])})\z", token))
+        others = [rf"\A{name}" for name in names if name != re.escape(token)]
+        steps.append(replacement(rf"(?<!{'|'.join([re.escape(token), *others])})\z", token))
     return dict(type="Sequence", normalizers=steps)
-
-
-def escape(token: str) -> str:
-    return re.sub(r"([^\w])", r"\\\1", token)
 
 
 def replacement(where: str, text: str) -> dict:
@@ -121,7 +113,25 @@ def check_ends(copy, tokenizer, before: list[int], after: list[int]):
 
 # %% ../nbs/16_export.ipynb #cell-20
 MODEL_CARD = r"""---
-{{ metadata }}
+library_name: transformers
+pipeline_tag: text-classification
+tags: [reward-model, qr_rlhf]
+metrics: [accuracy]
+base_model: {{ base_model | tojson }}
+datasets: {{ dataset | tojson }}
+model-index:
+- name: {{ name | tojson }}
+  results:
+  - task: {type: text-classification, name: preference prediction}
+    dataset:
+      type: {{ dataset or "preference-pairs" }}
+      name: {{ data | tojson }}
+      config: {{ settings.workload | tojson }}
+      split: test
+    metrics:
+    {% for metric, label, own, mean in metrics %}
+    - {type: {{ metric }}, value: {{ own | round(4) }}, name: {{ label | tojson }} }
+    {% endfor %}
 ---
 
 # {{ name }}: a {{ model }} reward model
@@ -140,26 +150,24 @@ Their mean is the reward{% if not family %}; neighbouring quantiles can cross{% 
 
 ## Training
 
-- data: {% if settings.data == "synthetic" %}embedded synthetic world, judges {{ settings.judges }}
-{%- else %}{{ data }}{% endif %},
+- data: {{ dataset or data }}
+{%- if settings.data == "synthetic" %}, judges {{ settings.judges }}{% endif %},
   workload {{ settings.workload }}{% if settings.subsets %}, {{ settings.subsets }}{% endif %};
   {{ results.n_train }} pairs, {{ results.n_valid }} more to choose the checkpoint by
 - backbone: {% if settings.backbone == "scratch" %}small GPT-2 from scratch
 {%- if settings.warm_up_epochs %}, warmed up on the chosen dialogues{% endif %}
-{%- else %}{{ backbone }}{% endif +%}
+{%- else %}{{ base_model or backbone }}{% endif +%}
 {% if model == "scalar" %}
 - objective: Bradley–Terry: −log σ(r(chosen) − r(rejected))
 {% else %}
 - objective: `{{ settings.objective }}`: {{ options.items() | map("join", " ") | join(", ") }}
 {% endif %}
 - training: seed {{ seed }}, {{ "%g" | format(settings.epochs) }} epochs, batches of
-  {{ settings.batch_size }} pairs a device, at most {{ settings.max_length }} tokens,
-  AdamW, learning rate {{ settings.learning_rate }} ({{ settings.lr_scheduler_type }}),
+  {{ settings.batch_size }} pairs a device, at most {{ settings.max_length }} tokens, AdamW,
+  learning rate {{ settings.learning_rate }} ({{ settings.lr_scheduler_type }}),
   {{ settings.precision }}
-{% if settings.lora_rank %}
-- adapter: LoRA of rank {{ settings.lora_rank }}
+{%- if settings.lora_rank %}, LoRA of rank {{ settings.lora_rank }}{% endif %}
 {%- if settings.load_in_4bit %} on a backbone in 4 bits{% endif +%}
-{% endif %}
 
 ## Evaluation
 
@@ -169,8 +177,8 @@ Their mean is the reward{% if not family %}; neighbouring quantiles can cross{% 
 
 | metric | this checkpoint | the run's mean [95 %] |
 | --- | --- | --- |
-{% for label, own, mean in metrics %}
-| {{ label }} | {{ own }} | {{ mean }} |
+{% for metric, label, own, mean in metrics %}
+| {{ label }} | {{ "%.3f" | format(own) }} | {{ mean }} |
 {% endfor %}
 
 ## Use and limits
@@ -227,57 +235,25 @@ This folder holds the merged model; the LoRA adapter it was trained as is in `ad
 ## Versions
 
 {{ results.versions.items() | map("join", " ") | join(", ") }}.
-The licence is for whoever publishes this checkpoint to choose; it hangs on the backbone's and the
-data's.
+The licence hangs on the backbone's and the data's; whoever publishes this checkpoint chooses it.
 """
 
 # %% ../nbs/16_export.ipynb #cell-22
 CARD_METRICS = "accuracy nll auroc ece kl_kde crossing_rate".split()
+JINJA = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
 
 
 def measured(
     results: dict,  # a run's `results.json`
     model: str,  # `scalar` or `quantile`
     seed: int,  # which of the run's seeds
-) -> dict[str, tuple[float, dict]]:  # metric → this checkpoint's value; the run's, with its bounds
+) -> list[tuple[str, str, float, str]]:  # metric, its label, this seed's value, the run's interval
     "Pick a checkpoint's metrics out of a run's results."
     block = results["models"][model]
     own = next(values for values in block["per_seed"] if values["seed"] == seed)
     run = block["intervals"] | dict(kl_kde=block["kl"]["kde"])
     shown = [k for k in CARD_METRICS if (k, model) != ("crossing_rate", "scalar")]
-    return {k: (own[k], run[k]) for k in shown}
-
-
-# %% ../nbs/16_export.ipynb #cell-24
-TASK = "text-classification"
-KIND = dict(library_name="transformers", pipeline_tag=TASK, tags=["reward-model", "qr_rlhf"])
-
-
-def card_data(
-    name: str,  # of the model
-    settings: Settings,  # of the run
-    metrics: dict[str, tuple[float, dict]],  # from `measured`
-) -> ModelCardData:
-    "The metadata at the head of a card."
-    synthetic, on_hub = settings.data == "synthetic", hub_id(settings.data)
-    about = dict(
-        task_type=TASK,
-        task_name="preference prediction",
-        dataset_type=on_hub or "preference-pairs",
-        dataset_name="embedded synthetic world" if synthetic else Path(settings.data).name,
-        dataset_config=settings.workload,
-        dataset_split="test",
-    )
-    found = [
-        EvalResult(metric_type=k, metric_name=METRICS[k], metric_value=round(own, 4), **about)
-        for k, (own, _) in metrics.items()
-    ]
-    base = dict(base_model=hub_id(settings.backbone), datasets=on_hub, metrics=["accuracy"])
-    return ModelCardData(model_name=name, eval_results=found, **KIND, **base)
-
-
-# %% ../nbs/16_export.ipynb #cell-25
-JINJA = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    return [(k, METRICS[k], own[k], format_interval(run[k])) for k in shown]
 
 
 def model_card(
@@ -288,23 +264,24 @@ def model_card(
     seed: int,  # which of the run's seeds
 ) -> ModelCard:
     "Write the card of a checkpoint of a run."
-    name, metrics = f"{results['name']}-{model}-seed{seed}", measured(results, model, seed)
-    config = AutoConfig.from_pretrained(folder)
-    facts = dict(settings=settings, results=results, model=model, seed=seed, name=name)
-    facts |= dict(
-        metadata=card_data(name, settings, metrics).to_yaml(),
+    config, synthetic = AutoConfig.from_pretrained(folder), settings.data == "synthetic"
+    facts = dict(
+        name=f"{results['name']}-{model}-seed{seed}",
+        dataset=hub_id(settings.data),
+        data="embedded synthetic world" if synthetic else Path(settings.data).name,
+        base_model=hub_id(settings.backbone),
+        backbone=Path(settings.backbone).name,
         family=config.quantile_family,
         levels=[f"{level:g}" for level in config.quantile_levels],
-        data=hub_id(settings.data) or Path(settings.data).name,
-        backbone=hub_id(settings.backbone) or Path(settings.backbone).name,
         options=dataclasses.asdict(settings.make_objective()),
-        metrics=[(METRICS[k], f"{x:.3f}", format_interval(y)) for k, (x, y) in metrics.items()],
+        metrics=measured(results, model, seed),
         adapter=(Path(folder) / "adapter").is_dir(),
     )
+    facts |= dict(settings=settings, results=results, model=model, seed=seed)
     return ModelCard(JINJA.from_string(MODEL_CARD).render(facts))
 
 
-# %% ../nbs/16_export.ipynb #cell-31
+# %% ../nbs/16_export.ipynb #cell-28
 ADAPTER_CARD = """# A LoRA adapter of a reward model
 
 What it was trained on and for stands on the card of the merged model, in the folder above. The
@@ -327,9 +304,11 @@ def write_card(
         write_whole(place / "README.md", lambda path, text=text: path.write_text(text, "utf-8"))
 
 
-# %% ../nbs/16_export.ipynb #cell-34
+# %% ../nbs/16_export.ipynb #cell-31
 EXPORT_CARD = r"""---
-{{ metadata }}
+library_name: transformers
+pipeline_tag: text-classification
+tags: [reward-model, qr_rlhf]
 ---
 
 # {{ name }}, exported as one reward: {{ measure }}
@@ -363,7 +342,6 @@ def export_card(
 ) -> ModelCard:
     "Write the card of an exported reward model."
     facts = dict(
-        metadata=ModelCardData(**KIND).to_yaml(),
         name="/".join(Path(source or "a reward model").parts[-3:]),
         measure=config.risk_measure,
         versions=versions(),

@@ -66,7 +66,9 @@ class Settings:
         "to train and to evaluate on, such as train_prefs,test_prefs; or one to cut in two"
     )
     judges: str = setting("synthetic: who labels a pair, independent or same", "independent")
-    n_train: int | None = setting("pairs to train on (all: every)", demo=5000, at_least=1)
+    n_train: int | None = setting(
+        "pairs to read for training and validation (all: every pair)", demo=5000, at_least=1
+    )
     n_eval: int | None = setting("pairs to evaluate on (all: every)", demo=1000, at_least=12)
     max_length: int = setting(
         "most tokens in a sequence: prompt, one response, end token", 1024, demo=512, at_least=8
@@ -99,7 +101,7 @@ class Settings:
     precision: str = setting(
         "to compute in: float32 or bfloat16", "float32", choices=["float32", "bfloat16"]
     )
-    lora_rank: int | None = setting("of a LoRA adapter (None: train all weights)", at_least=1)
+    lora_rank: int | None = setting("of a LoRA adapter, such as 16 (None: all weights)", at_least=1)
     load_in_4bit: bool | None = setting("hold the frozen backbone in 4 bits (QLoRA)")
     gradient_checkpointing: bool | None = setting("compute activations twice, to save memory")
     evaluations: int = setting("how often to look for the best checkpoint", 20, demo=6, at_least=1)
