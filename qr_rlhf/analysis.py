@@ -187,7 +187,7 @@ def ece(table: pd.DataFrame) -> float:
 def jensen_shannon(
     chosen: np.ndarray, rejected: np.ndarray, weights: np.ndarray | None = None
 ) -> float | np.ndarray:
-    "Jensen–Shannon divergence in nats, from `log_ratio`: p/(p + q) is the sigmoid of log p − log q."
+    "Jensen–Shannon divergence in nats: p/(p + q) is the sigmoid of the log ratio."
     at_chosen = log_expit(log_ratio(chosen, chosen, rejected, weights))
     at_rejected = log_expit(-log_ratio(rejected, chosen, rejected, weights))
     if weights is None:

@@ -42,6 +42,7 @@ NAMES = {"scalar": "scalar model", "quantile": "quantile model"}  # the two mode
 
 def style() -> AbstractContextManager:  # `with style(): ...`
     "The style of every figure in this project: white, readable, no box around the panels."
+    plt.draw_if_interactive()  # loads the backend: inside, what it sets would be undone at the end
     return plt.rc_context(
         {
             **sns.axes_style("ticks"),
@@ -125,7 +126,7 @@ def figure2(
             differences[model] = chosen - rejected
             right.append(f"{NAMES[model]}, {accuracy(chosen, rejected):.0%} right of 0")
         draw_distribution(axes[-1], differences, right)
-        axes[-1].axvline(0, color="0.3", lw=1, ls=":")
+        axes[-1].axvline(0, ymax=0.76, color="0.3", lw=1, ls=":")
         axes[-1].set(title="within pairs", xlabel="chosen − rejected (standard deviations)")
         axes[0].set(ylabel="density", ylim=(0, 1.3 * axes[0].get_ylim()[1]))
         for ax in (axes[0], axes[-1]):
@@ -186,7 +187,7 @@ def reliability_figure(
         ends = (-0.03, 1.03)
         ax.set(xlabel="forecast that the first response wins", ylabel="share of pairs it won")
         ax.set(xlim=ends, ylim=ends, aspect="equal")
-        ax.legend(loc="upper left", fontsize="small")
+        ax.legend(loc="lower right", fontsize="small")
         return finish(fig, "Reliability", f"{note}; order within pairs drawn at random")
 
 
