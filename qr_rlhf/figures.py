@@ -182,13 +182,14 @@ def reliability_figure(
                 color=COLORS[model],
                 marker=marker,
                 capsize=3,
-                label=f"{NAMES[model]}, expected calibration error {ece(table):.3f}",
+                label=f"{NAMES[model]} (error {ece(table):.3f})",
             )
         ends = (-0.03, 1.03)
         ax.set(xlabel="forecast that the first response wins", ylabel="share of pairs it won")
         ax.set(xlim=ends, ylim=ends, aspect="equal")
-        ax.legend(loc="lower right", fontsize="small")
-        return finish(fig, "Reliability", f"{note}; order within pairs drawn at random")
+        ax.legend(loc="upper left", fontsize="small")
+        how = "order within pairs drawn at random; error: expected calibration error"
+        return finish(fig, "Reliability", f"{note}\n{how}")
 
 
 def wilson_error(table: pd.DataFrame) -> np.ndarray:
