@@ -220,5 +220,5 @@ def training_figure(
         axes[-1].legend()
         for ax in axes:
             ax.set_xlabel("step")
-        seeds = logs.seed.nunique()
-        return finish(fig, "Training", f"{note}\n{seeds} seed{'s' if seeds > 1 else ''}")
+        seeds = ", ".join(str(seed) for seed in sorted(set(logs.seed)))
+        return finish(fig, "Training", f"{note}\nvalidation pairs; a line per seed: {seeds}")
