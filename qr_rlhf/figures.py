@@ -39,7 +39,7 @@ COLORS = dict(
 )
 NAMES = {"scalar": "scalar model", "quantile": "quantile model"}  # the two models of a run
 
-
+# %% ../nbs/05_figures.ipynb #cell-8
 def style() -> AbstractContextManager:  # `with style(): ...`
     "The style of every figure in this project: white, readable, no box around the panels."
     plt.draw_if_interactive()  # loads the backend: inside, what it sets would be undone at the end
@@ -56,7 +56,7 @@ def style() -> AbstractContextManager:  # `with style(): ...`
         }
     )
 
-
+# %% ../nbs/05_figures.ipynb #cell-9
 def finish(
     fig: Figure,  # the figure
     title: str,  # above all panels
@@ -70,7 +70,7 @@ def finish(
     plt.close(fig)
     return fig
 
-# %% ../nbs/05_figures.ipynb #cell-10
+# %% ../nbs/05_figures.ipynb #cell-12
 def first_seed(rewards: pd.DataFrame, note: str) -> tuple[dict[str, np.ndarray], str]:
     "Quantiles `[pairs, 2, N]` of each model in its first seed; the note with seed and pairs."
     arrays = to_arrays(rewards)
@@ -86,7 +86,7 @@ def standardise(
     means = quantiles.mean(-1)
     return (means - means.mean()) / (means.std() if np.ptp(means) > 0 else 1)
 
-# %% ../nbs/05_figures.ipynb #cell-13
+# %% ../nbs/05_figures.ipynb #cell-15
 def draw_distribution(
     ax: plt.Axes,  # where to draw
     samples: dict[str, np.ndarray],  # key of `COLORS` → rewards `[n]`
@@ -109,7 +109,7 @@ def draw_distribution(
             ax=ax,
         )
 
-
+# %% ../nbs/05_figures.ipynb #cell-16
 def figure2(
     rewards: pd.DataFrame,  # the rewards table
     note: str,  # which data and model
@@ -133,7 +133,7 @@ def figure2(
             ax.legend(loc="upper left")
         return finish(fig, "Rewards of chosen and rejected responses", note)
 
-# %% ../nbs/05_figures.ipynb #cell-16
+# %% ../nbs/05_figures.ipynb #cell-19
 def figure3(
     rewards: pd.DataFrame,  # the rewards table, with a quantile model
     note: str,  # which data and model
@@ -154,7 +154,7 @@ def figure3(
         ax.legend(loc="upper left")
         return finish(fig, "Lowest and highest quantile over all responses", note)
 
-
+# %% ../nbs/05_figures.ipynb #cell-20
 def check_two_levels(levels):
     if len(levels) < 2:
         raise ValueError(
@@ -162,7 +162,7 @@ def check_two_levels(levels):
             f"{len(levels)}: train one with more quantiles."
         )
 
-# %% ../nbs/05_figures.ipynb #cell-19
+# %% ../nbs/05_figures.ipynb #cell-23
 def reliability_figure(
     rewards: pd.DataFrame,  # the rewards table
     note: str,  # which data and model
@@ -188,10 +188,10 @@ def reliability_figure(
         ax.set(xlabel="forecast that the first response wins", ylabel="share of pairs it won")
         ax.set(xlim=ends, ylim=ends, aspect="equal")
         ax.legend(loc="upper left", fontsize="small")
-        how = "order within pairs drawn at random; error: expected calibration error"
+        how = "order within pairs at random; error: expected calibration error"
         return finish(fig, "Reliability", f"{note}\n{how}")
 
-
+# %% ../nbs/05_figures.ipynb #cell-24
 def wilson_error(table: pd.DataFrame) -> np.ndarray:
     "Distances `[2, bins]` from the shares of a `reliability` table down and up to their bounds."
     wins = (table.happened * table.pairs).round().astype(int)
@@ -199,7 +199,7 @@ def wilson_error(table: pd.DataFrame) -> np.ndarray:
     bounds = np.array([test.proportion_ci(method="wilson") for test in tests]).T
     return np.abs(bounds - table.happened.to_numpy())
 
-# %% ../nbs/05_figures.ipynb #cell-22
+# %% ../nbs/05_figures.ipynb #cell-27
 def training_figure(
     logs: pd.DataFrame,  # columns `model, seed, step, eval_loss, eval_accuracy`
     note: str,  # which data and model
