@@ -52,9 +52,10 @@ COLORS = dict(
 )
 NAMES = {"scalar": "scalar model", "quantile": "quantile model"}  # the two models of a run
 
-
+# %% ../nbs/05_figures.ipynb #cell-8
 def style() -> AbstractContextManager:  # `with style(): ...`
     "The style of every figure in this project: white, readable, no box around the panels."
+    plt.draw_if_interactive()  # loads the backend: inside, what it sets would be undone at the end
     return plt.rc_context(
         {
             **sns.axes_style("ticks"),
@@ -68,7 +69,7 @@ def style() -> AbstractContextManager:  # `with style(): ...`
         }
     )
 
-
+# %% ../nbs/05_figures.ipynb #cell-9
 def finish(
     fig: Figure,  # the figure
     title: str,  # above all panels
@@ -82,8 +83,7 @@ def finish(
     plt.close(fig)
     return fig
 
-
-# %% ../nbs/05_figures.ipynb #cell-10
+# %% ../nbs/05_figures.ipynb #cell-12
 def first_seed(rewards: pd.DataFrame, note: str) -> tuple[dict[str, np.ndarray], str]:
     "Quantiles `[pairs, 2, N]` of each model in its first seed; the note with seed and pairs."
     arrays = to_arrays(rewards)
@@ -99,8 +99,7 @@ def standardise(
     means = quantiles.mean(-1)
     return (means - means.mean()) / (means.std() if np.ptp(means) > 0 else 1)
 
-
-# %% ../nbs/05_figures.ipynb #cell-13
+# %% ../nbs/05_figures.ipynb #cell-15
 def draw_distribution(
     ax: plt.Axes,  # where to draw
     samples: dict[str, np.ndarray],  # key of `COLORS` → rewards `[n]`
@@ -123,7 +122,7 @@ def draw_distribution(
             ax=ax,
         )
 
-
+# %% ../nbs/05_figures.ipynb #cell-16
 def figure2(
     rewards: pd.DataFrame,  # the rewards table
     note: str,  # which data and model
@@ -140,15 +139,14 @@ def figure2(
             differences[model] = chosen - rejected
             right.append(f"{NAMES[model]}, {accuracy(chosen, rejected):.0%} right of 0")
         draw_distribution(axes[-1], differences, right)
-        axes[-1].axvline(0, color="0.3", lw=1, ls=":")
+        axes[-1].axvline(0, ymax=0.76, color="0.3", lw=1, ls=":")
         axes[-1].set(title="within pairs", xlabel="chosen − rejected (standard deviations)")
         axes[0].set(ylabel="density", ylim=(0, 1.3 * axes[0].get_ylim()[1]))
         for ax in (axes[0], axes[-1]):
             ax.legend(loc="upper left")
         return finish(fig, "Rewards of chosen and rejected responses", note)
 
-
-# %% ../nbs/05_figures.ipynb #cell-16
+# %% ../nbs/05_figures.ipynb #cell-19
 def figure3(
     rewards: pd.DataFrame,  # the rewards table, with a quantile model
     note: str,  # which data and model
@@ -169,7 +167,7 @@ def figure3(
         ax.legend(loc="upper left")
         return finish(fig, "Lowest and highest quantile over all responses", note)
 
-
+# %% ../nbs/05_figures.ipynb #cell-20
 def check_two_levels(levels):
     if len(levels) < 2:
         raise ValueError(
@@ -177,8 +175,7 @@ def check_two_levels(levels):
             f"{len(levels)}: train one with more quantiles."
         )
 
-
-# %% ../nbs/05_figures.ipynb #cell-19
+# %% ../nbs/05_figures.ipynb #cell-23
 def reliability_figure(
     rewards: pd.DataFrame,  # the rewards table
     note: str,  # which data and model
@@ -198,15 +195,16 @@ def reliability_figure(
                 color=COLORS[model],
                 marker=marker,
                 capsize=3,
-                label=f"{NAMES[model]}, expected calibration error {ece(table):.3f}",
+                label=f"{NAMES[model]} (error {ece(table):.3f})",
             )
         ends = (-0.03, 1.03)
         ax.set(xlabel="forecast that the first response wins", ylabel="share of pairs it won")
         ax.set(xlim=ends, ylim=ends, aspect="equal")
         ax.legend(loc="upper left", fontsize="small")
-        return finish(fig, "Reliability", f"{note}; order within pairs drawn at random")
+        how = "order within pairs at random; error: expected calibration error"
+        return finish(fig, "Reliability", f"{note}\n{how}")
 
-
+# %% ../nbs/05_figures.ipynb #cell-24
 def wilson_error(table: pd.DataFrame) -> np.ndarray:
     "Distances `[2, bins]` from the shares of a `reliability` table down and up to their bounds."
     wins = (table.happened * table.pairs).round().astype(int)
@@ -214,8 +212,7 @@ def wilson_error(table: pd.DataFrame) -> np.ndarray:
     bounds = np.array([test.proportion_ci(method="wilson") for test in tests]).T
     return np.abs(bounds - table.happened.to_numpy())
 
-
-# %% ../nbs/05_figures.ipynb #cell-22
+# %% ../nbs/05_figures.ipynb #cell-27
 def training_figure(
     logs: pd.DataFrame,  # columns `model, seed, step, eval_loss, eval_accuracy`
     note: str,  # which data and model
@@ -236,5 +233,5 @@ def training_figure(
         axes[-1].legend()
         for ax in axes:
             ax.set_xlabel("step")
-        seeds = logs.seed.nunique()
-        return finish(fig, "Training", f"{note}\n{seeds} seed{'s' if seeds > 1 else ''}")
+        seeds = ", ".join(str(seed) for seed in sorted(set(logs.seed)))
+        return finish(fig, "Training", f"{note}\nvalidation pairs; a line per seed: {seeds}")
