@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VERDICTS', 'describe_run', 'Run', 'begin_run', 'check_evaluation', 'add_backbone', 'make_backbone', 'announce',
-           'warm_up', 'train_models', 'score_models', 'collect_results', 'compare_with_truth', 'by_metric',
+           'warm_up', 'train_models', 'score_models', 'compare_with_truth', 'collect_results', 'by_metric',
            'metrics_table', 'verdict', 'verdict_markdown', 'spread_lines', 'finish_run']
 
 # %% ../nbs/18_pipeline.ipynb #cell-3
@@ -175,6 +175,27 @@ def score_models(run: Run) -> pd.DataFrame:  # the rewards table of all models
     return rewards
 
 # %% ../nbs/18_pipeline.ipynb #cell-25
+def compare_with_truth(
+    rewards: pd.DataFrame,  # the rewards table
+    world: World,  # where its pairs come from
+    pairs: Dataset,  # those that were scored
+) -> list[dict]:  # a row per model and seed
+    "Correlate predicted with true rewards: differences within pairs, and spreads."
+    arrays, found = to_arrays(rewards), []
+    n = max(quantiles.shape[-1] for quantiles in arrays.values())
+    table = world.truth_table(pairs, quantile_levels(n))
+    true, means = (table[k].to_numpy().reshape(-1, 2, n) for k in ("reward", "mean"))
+    for (model, seed), quantiles in arrays.items():
+        row = dict(model=model, seed=int(seed))
+        parts = [np.diff(q.mean(-1), axis=1).ravel() for q in (quantiles, means)]
+        row["difference_correlation"] = float(pearsonr(*parts)[0])
+        if model == "quantile":
+            spreads = [spread(q).ravel() for q in (quantiles, true)]
+            row["spread_correlation"] = float(spearmanr(*spreads)[0])
+        found.append(row)
+    return found
+
+# %% ../nbs/18_pipeline.ipynb #cell-30
 def collect_results(
     run: Run,
     rewards: pd.DataFrame,  # from `score_models`
@@ -199,28 +220,7 @@ def collect_results(
         results["truth"] = compare_with_truth(rewards, World(judges=s.judges), evaluation)
     return results
 
-# %% ../nbs/18_pipeline.ipynb #cell-27
-def compare_with_truth(
-    rewards: pd.DataFrame,  # the rewards table
-    world: World,  # where its pairs come from
-    pairs: Dataset,  # those that were scored
-) -> list[dict]:  # a row per model and seed
-    "Correlate predicted with true rewards: differences within pairs, and spreads."
-    arrays, found = to_arrays(rewards), []
-    n = max(quantiles.shape[-1] for quantiles in arrays.values())
-    table = world.truth_table(pairs, quantile_levels(n))
-    true, means = (table[k].to_numpy().reshape(-1, 2, n) for k in ("reward", "mean"))
-    for (model, seed), quantiles in arrays.items():
-        row = dict(model=model, seed=int(seed))
-        parts = [np.diff(q.mean(-1), axis=1).ravel() for q in (quantiles, means)]
-        row["difference_correlation"] = float(pearsonr(*parts)[0])
-        if model == "quantile":
-            spreads = [spread(q).ravel() for q in (quantiles, true)]
-            row["spread_correlation"] = float(spearmanr(*spreads)[0])
-        found.append(row)
-    return found
-
-# %% ../nbs/18_pipeline.ipynb #cell-32
+# %% ../nbs/18_pipeline.ipynb #cell-33
 def by_metric(block: dict) -> dict[str, dict]:  # metric → `value`, `low`, `high`
     "Put the estimators under `kl` beside the other metrics, in the order of `METRICS`."
     parts = block | {f"kl_{name}": part for name, part in block["kl"].items()}
@@ -237,7 +237,7 @@ def metrics_table(results: dict) -> pd.DataFrame:  # a row per metric, values as
     table["quantile − scalar"] = difference.map(partial(format_interval, sign=True))
     return table.join(swapped).rename(METRICS)
 
-# %% ../nbs/18_pipeline.ipynb #cell-35
+# %% ../nbs/18_pipeline.ipynb #cell-36
 VERDICTS = dict(  # metric → its name; what the better model does; whether more is better
     kl_kde=(
         "KL(chosen ‖ rejected), the paper's measure",
@@ -261,7 +261,7 @@ def verdict(
         meaning = "no difference that these pairs can show"
     return f"- **{name}**: {format_interval(part, sign=True)}: {meaning}."
 
-# %% ../nbs/18_pipeline.ipynb #cell-38
+# %% ../nbs/18_pipeline.ipynb #cell-39
 def verdict_markdown(
     results: dict,  # from `collect_results`
     note: str,  # what the run is about, from `describe_run`
@@ -288,7 +288,7 @@ def spread_lines(results: dict) -> list[str]:
         lines.append(f"{told} (η² = {repeated:.2f}): it says nothing of its own.")
     return lines
 
-# %% ../nbs/18_pipeline.ipynb #cell-41
+# %% ../nbs/18_pipeline.ipynb #cell-42
 def finish_run(
     run: Run,
     results: dict,  # from `collect_results`
