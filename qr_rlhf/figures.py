@@ -52,6 +52,7 @@ COLORS = dict(
 )
 NAMES = {"scalar": "scalar model", "quantile": "quantile model"}  # the two models of a run
 
+
 # %% ../nbs/05_figures.ipynb #cell-8
 def style() -> AbstractContextManager:  # `with style(): ...`
     "The style of every figure in this project: white, readable, no box around the panels."
@@ -69,6 +70,7 @@ def style() -> AbstractContextManager:  # `with style(): ...`
         }
     )
 
+
 # %% ../nbs/05_figures.ipynb #cell-9
 def finish(
     fig: Figure,  # the figure
@@ -82,6 +84,7 @@ def finish(
     fig.supxlabel("\n".join(lines), fontsize="small", color="0.3")
     plt.close(fig)
     return fig
+
 
 # %% ../nbs/05_figures.ipynb #cell-12
 def first_seed(rewards: pd.DataFrame, note: str) -> tuple[dict[str, np.ndarray], str]:
@@ -98,6 +101,7 @@ def standardise(
     "Mean rewards in standard deviations of all the model's rewards, around their mean."
     means = quantiles.mean(-1)
     return (means - means.mean()) / (means.std() if np.ptp(means) > 0 else 1)
+
 
 # %% ../nbs/05_figures.ipynb #cell-15
 def draw_distribution(
@@ -121,6 +125,7 @@ def draw_distribution(
             label=label,
             ax=ax,
         )
+
 
 # %% ../nbs/05_figures.ipynb #cell-16
 def figure2(
@@ -146,6 +151,7 @@ def figure2(
             ax.legend(loc="upper left")
         return finish(fig, "Rewards of chosen and rejected responses", note)
 
+
 # %% ../nbs/05_figures.ipynb #cell-19
 def figure3(
     rewards: pd.DataFrame,  # the rewards table, with a quantile model
@@ -167,6 +173,7 @@ def figure3(
         ax.legend(loc="upper left")
         return finish(fig, "Lowest and highest quantile over all responses", note)
 
+
 # %% ../nbs/05_figures.ipynb #cell-20
 def check_two_levels(levels):
     if len(levels) < 2:
@@ -174,6 +181,7 @@ def check_two_levels(levels):
             "Figure 3 needs a quantile model with two levels or more, but the rewards table has "
             f"{len(levels)}: train one with more quantiles."
         )
+
 
 # %% ../nbs/05_figures.ipynb #cell-23
 def reliability_figure(
@@ -204,6 +212,7 @@ def reliability_figure(
         how = "order within pairs at random; error: expected calibration error"
         return finish(fig, "Reliability", f"{note}\n{how}")
 
+
 # %% ../nbs/05_figures.ipynb #cell-24
 def wilson_error(table: pd.DataFrame) -> np.ndarray:
     "Distances `[2, bins]` from the shares of a `reliability` table down and up to their bounds."
@@ -211,6 +220,7 @@ def wilson_error(table: pd.DataFrame) -> np.ndarray:
     tests = [binomtest(k, n) for k, n in zip(wins, table.pairs, strict=True)]
     bounds = np.array([test.proportion_ci(method="wilson") for test in tests]).T
     return np.abs(bounds - table.happened.to_numpy())
+
 
 # %% ../nbs/05_figures.ipynb #cell-27
 def training_figure(

@@ -171,6 +171,7 @@ def check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         raise ValueError(f"{name}: {value!r} is unknown; choose one of {', '.join(known)}.")
 
+
 # %% ../nbs/02_losses.ipynb #cell-55
 @dataclass(frozen=True)
 class DistributionalObjective(Objective):
@@ -205,6 +206,7 @@ class DistributionalObjective(Objective):
         if self.pool < 0:
             raise ValueError(f"pool: {self.pool} was given; it may not be negative.")
 
+
 # %% ../nbs/02_losses.ipynb #cell-60
 def difference_scale(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
     "Standard deviation of R_chosen − R_rejected from outputs (μ, log σ): `[..., 2]` to `[...]`."
@@ -229,6 +231,7 @@ class PURM(Objective):
         difference = (chosen[..., 0] - rejected[..., 0])[..., None] + sd[..., None] * nodes
         return (logsigmoid(difference) + (weights / weights.sum()).log()).logsumexp(-1)
 
+
 # %% ../nbs/02_losses.ipynb #cell-64
 @dataclass(frozen=True)
 class NormalDPL(PURM):
@@ -238,6 +241,7 @@ class NormalDPL(PURM):
         "log Φ((μ_c − μ_r)/√(σ_c² + σ_r²)): log probability that chosen wins, `[..., batch]`."
         sd = difference_scale(chosen, rejected)
         return torch.special.log_ndtr((chosen[..., 0] - rejected[..., 0]) / sd)
+
 
 # %% ../nbs/02_losses.ipynb #cell-69
 @dataclass(frozen=True)
@@ -260,6 +264,7 @@ class CategoricalDPL(Objective):
         p, q = chosen.log_softmax(-1), rejected.log_softmax(-1)
         below = pad(q[..., :-1].logcumsumexp(-1), (1, 0), value=-torch.inf)  # log P(R_r < value)
         return torch.logaddexp(p + below, p + q - math.log(2)).logsumexp(-1)
+
 
 # %% ../nbs/02_losses.ipynb #cell-75
 OBJECTIVES = {  # name → (objective, number of outputs)

@@ -74,10 +74,12 @@ def read_file(
         raise ValueError(f"{path}: the file is empty; fetch it again.")
     return rows
 
+
 # %% ../nbs/11_sources.ipynb #cell-8
 def number_rows(place: str, rows: Iterable) -> Rows:
     "Give each row its place."
     return [(f"{place} {i}", row) for i, row in enumerate(rows, start=1)]
+
 
 # %% ../nbs/11_sources.ipynb #cell-11
 def read_parquet(path: Path) -> list[dict]:
@@ -105,6 +107,7 @@ def read_bytes(path: Path) -> bytes:
         ) from None
     return data.removeprefix(b"\xef\xbb\xbf")
 
+
 # %% ../nbs/11_sources.ipynb #cell-12
 def read_json(data: bytes, where: str) -> object:
     "Read one JSON value."
@@ -122,6 +125,7 @@ def read_json(data: bytes, where: str) -> object:
             f"{where}: not JSON that can be read; numbers or nesting are beyond all measure."
         ) from None
 
+
 # %% ../nbs/11_sources.ipynb #cell-19
 def root_path(
     path: str | Path,  # absolute, or relative to the repository root
@@ -130,6 +134,7 @@ def root_path(
     here = Path.cwd()
     root = next((p for p in (here, *here.parents) if (p / "settings.ini").exists()), here)
     return root / Path(path).expanduser()
+
 
 # %% ../nbs/11_sources.ipynb #cell-22
 WORKLOADS = dict(helpful=["helpful-base"], harmless=["harmless-base"])
@@ -144,6 +149,7 @@ def file_names(folder: Path, pattern: str = "*/*") -> list[str]:
     "The files that stand one folder down."
     return [path.relative_to(folder).as_posix() for path in folder.glob(pattern)]
 
+
 # %% ../nbs/11_sources.ipynb #cell-24
 def subset_file(folder: Path, subset: str, split: str) -> Path:
     "The file of one subset and split; raises `ValueError` if there is not exactly one."
@@ -156,6 +162,7 @@ def subset_file(folder: Path, subset: str, split: str) -> Path:
             "(as in Anthropic/hh-rlhf)."
         )
     return found[0]
+
 
 # %% ../nbs/11_sources.ipynb #cell-27
 def folder_splits(folder: Path) -> dict[str, list[Path]]:
@@ -179,6 +186,7 @@ def folder_splits(folder: Path) -> dict[str, list[Path]]:
         )
     return found
 
+
 # %% ../nbs/11_sources.ipynb #cell-30
 def choose_split(
     found: list[str],  # names of the splits that exist
@@ -198,6 +206,7 @@ def choose_split(
             "of which a fifth is then held out."
         )
     return names[-1] if split == "test" else names[0], len(names) == 1
+
 
 # %% ../nbs/11_sources.ipynb #cell-34
 @contextmanager
@@ -222,6 +231,7 @@ def hub_file(repo: str, name: str) -> Path:
     with reach_hub(repo, name):
         return Path(hf_hub_download(**file))
 
+
 # %% ../nbs/11_sources.ipynb #cell-36
 def cached_dataset(repo: str, config: str | None) -> dict | None:
     "What `load_dataset` made of a dataset before: its tables by split, or None."
@@ -234,6 +244,7 @@ def cached_dataset(repo: str, config: str | None) -> dict | None:
         return None
     finally:
         set_verbosity(verbosity)
+
 
 # %% ../nbs/11_sources.ipynb #cell-39
 def hub_in_hh_layout(repo: str, configs: list[str | None]) -> bool:
@@ -255,6 +266,7 @@ def hub_in_hh_layout(repo: str, configs: list[str | None]) -> bool:
         names = [file.rfilename for file in info.siblings]
     return in_hh_layout([name for name in names if name.endswith(".gz")])
 
+
 # %% ../nbs/11_sources.ipynb #cell-40
 def hub_rows(
     repo: str, config: str | None, split: str, splits: list[str] | None
@@ -274,6 +286,7 @@ def hub_rows(
     columns = [column for column in COLUMNS if column in table.column_names]
     rows = table.select_columns(columns) if columns else table
     return number_rows(f"'{repo}' ({name}), row", rows), cut
+
 
 # %% ../nbs/11_sources.ipynb #cell-42
 def find_rows(
@@ -302,6 +315,7 @@ def find_rows(
     found = folder_splits(path) if path.is_dir() else {path.name.split(".")[0]: [path]}
     name, cut = choose_split(list(found), split, splits, str(path))
     return [row for file in found[name] for row in read_file(file)], cut
+
 
 # %% ../nbs/11_sources.ipynb #cell-43
 def check_path(data: str | Path, path: Path) -> None:
@@ -333,6 +347,7 @@ def check_no_subsets(data: object, subsets: list | None) -> None:
         raise ValueError(
             f"subsets: {data} is not in HH-RLHF's layout and has none; leave subsets out."
         )
+
 
 # %% ../nbs/11_sources.ipynb #cell-48
 def name_workload(

@@ -12,7 +12,7 @@ from conftest import ROOT
 from nbconvert import HTMLExporter
 
 ORDER = """formats sources data packing model losses training analysis figures grammar synthetic
-uncertainty large runs export policy experiments pipeline studies""".split()
+uncertainty large settings runs export policy experiments pipeline studies""".split()
 SHOWN = ["index", "run", "report"]
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 DISPLAYS = re.compile(r"^\s*(display|print|plt\.show)\(|^display\(", re.M)
