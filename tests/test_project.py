@@ -29,14 +29,13 @@ def package_files(root):
 
 def test_package_is_the_notebooks_export(tmp_path):
     shutil.copy(ROOT / "settings.ini", tmp_path)
-    shutil.copy(ROOT / "pyproject.toml", tmp_path)
     shutil.copytree(ROOT / "nbs", tmp_path / "nbs")
     (tmp_path / "qr_rlhf").mkdir()
     shutil.copy(ROOT / "qr_rlhf" / "__init__.py", tmp_path / "qr_rlhf")
-    subprocess.run(["nbdev_export"], cwd=tmp_path, check=True)
-    subprocess.run(["ruff", "format", "-q", "qr_rlhf"], cwd=tmp_path, check=True)
+    export = [sys.executable, str(ROOT / ".ci" / "export.py")]
+    subprocess.run(export, cwd=tmp_path, check=True)
     ours, theirs = package_files(ROOT), package_files(tmp_path)
-    assert ours == theirs, "notebooks and package differ: run nbdev_export && ruff format qr_rlhf"
+    assert ours == theirs, "notebooks and package differ: run python .ci/export.py"
 
 
 def test_readme_is_the_index():
