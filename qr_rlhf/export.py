@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHAT_TEMPLATE', 'MODEL_CARD', 'CARD_METRICS', 'JINJA', 'ADAPTER_CARD', 'EXPORT_CARD',
-           'ending_normalizer', 'replacement', 'ending_tokenizer', 'check_ends', 'measured',
-           'model_card', 'write_card', 'export_card']
+           'ending_normalizer', 'replacement', 'ending_tokenizer', 'check_ends',
+           'measured', 'model_card', 'write_card', 'export_card']
 
 # %% ../nbs/16_export.ipynb #cell-3
 import dataclasses

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['MARKERS', 'TURN', 'SIDES', 'OPEN', 'split_turns', 'messages_to_text', 'system_text',
            'text_to_messages', 'Dropped', 'read_message', 'join_parts', 'uses_tools',
-           'check_message', 'check_text', 'read_messages', 'read_row', 'check_row', 'read_prompt',
-           'check_dialogue', 'read_side', 'begins_with', 'read_chat_side', 'check_prompt',
-           'read_text_side', 'apply_template', 'write_chat', 'check_turns']
+           'check_message', 'check_text', 'read_messages', 'read_row', 'check_row',
+           'read_prompt', 'check_dialogue', 'read_side', 'begins_with', 'read_chat_side',
+           'check_prompt', 'read_text_side', 'apply_template', 'write_chat',
+           'check_turns']
 
 # %% ../nbs/10_formats.ipynb #cell-3
 import re

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PROBLEMS', 'OWNERS', 'ACTS', 'PHRASES', 'STATEMENTS', 'REQUESTS', 'TONES', 'SENTENCES',
            'read_phrases', 'Problem', 'read_problems', 'Act', 'Prompt', 'parse_prompt',
-           'list_sentences', 'Response', 'split_sentences', 'parse_response', 'write_turn', 'say',
-           'without_gaps', 'write_bodies', 'write_pair', 'say_in_tone', 'say_closing',
-           'write_responses']
+           'list_sentences', 'Response', 'split_sentences', 'parse_response',
+           'write_turn', 'say', 'without_gaps', 'write_bodies', 'write_pair',
+           'say_in_tone', 'say_closing', 'write_responses']
 
 # %% ../nbs/13_grammar.ipynb #cell-3
 import random

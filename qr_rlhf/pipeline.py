@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['VERDICTS', 'describe_run', 'Run', 'begin_run', 'check_evaluation', 'add_backbone',
            'make_backbone', 'announce', 'warm_up', 'train_models', 'score_models',
-           'compare_with_truth', 'collect_results', 'by_metric', 'metrics_table', 'verdict',
-           'verdict_markdown', 'spread_lines', 'finish_run']
+           'compare_with_truth', 'collect_results', 'by_metric', 'metrics_table',
+           'verdict', 'verdict_markdown', 'spread_lines', 'finish_run']
 
 # %% ../nbs/18_pipeline.ipynb #cell-3
 import dataclasses

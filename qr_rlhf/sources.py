@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ENDINGS', 'COLUMNS', 'Rows', 'WORKLOADS', 'read_file', 'number_rows', 'read_parquet',
-           'read_bytes', 'read_json', 'root_path', 'in_hh_layout', 'file_names', 'subset_file',
-           'folder_splits', 'choose_split', 'reach_hub', 'hub_file', 'cached_dataset',
-           'hub_in_hh_layout', 'hub_rows', 'find_rows', 'check_path', 'check_hh_request',
-           'check_no_subsets', 'name_workload', 'hub_id']
+           'read_bytes', 'read_json', 'root_path', 'in_hh_layout', 'file_names',
+           'subset_file', 'folder_splits', 'choose_split', 'reach_hub', 'hub_file',
+           'cached_dataset', 'hub_in_hh_layout', 'hub_rows', 'find_rows', 'check_path',
+           'check_hh_request', 'check_no_subsets', 'name_workload', 'hub_id']
 
 # %% ../nbs/11_sources.ipynb #cell-3
 import gzip

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['GROUPS', 'WEIGHTS', 'TASTES', 'OWNERSHIP', 'SEVERITY', 'UNKNOWN', 'JUDGES', 'NODES',
-           'NODE_WEIGHTS', 'SIDES', 'SHAPES', 'WITHIN', 'MOST', 'Truth', 'mixture_quantiles',
-           'check_levels', 'taste_of', 'truth', 'group_means', 'win_probability', 'check_choice',
-           'World', 'check_rows', 'truths', 'FeatureWorld']
+           'NODE_WEIGHTS', 'SIDES', 'SHAPES', 'WITHIN', 'MOST', 'Truth',
+           'mixture_quantiles', 'check_levels', 'taste_of', 'truth', 'group_means',
+           'win_probability', 'check_choice', 'World', 'check_rows', 'truths',
+           'FeatureWorld']
 
 # %% ../nbs/06_synthetic.ipynb #cell-3
 import random
