@@ -14,7 +14,9 @@ from nbconvert import HTMLExporter
 ORDER = """formats sources data packing model losses training analysis figures grammar synthetic
 uncertainty large settings runs export policy experiments pipeline studies""".split()
 SHOWN = ["index", "run", "report"]
-NOTEBOOKS = sorted((ROOT / "nbs").glob("[!.]*.ipynb")) + sorted((ROOT / "nbs").glob("studies/*.ipynb"))
+NOTEBOOKS = sorted((ROOT / "nbs").glob("[!.]*.ipynb")) + sorted(
+    (ROOT / "nbs").glob("studies/*.ipynb")
+)
 DISPLAYS = re.compile(r"^\s*(display|print|plt\.show)\(|^display\(", re.M)
 
 
