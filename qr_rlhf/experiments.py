@@ -331,7 +331,7 @@ def train_reward_model(
     seed: int = 0,  # of the head's weights and the order of pairs
     prepare: Callable | None = None,  # changes the model before it is trained
 ) -> bool:  # whether it was trained now (or else taken up as finished)
-    "Train a reward model from a language model, with an objective from the chapter on losses."
+    "Train a reward model from a language model, with one of the `OBJECTIVES`."
     tokenizer, (objective, n) = load_tokenizer(start), OBJECTIVES[name]
     family = getattr(objective, "family", None)
     n = objective.n if family == "normal" else n

@@ -149,7 +149,7 @@ def read_row(
 
 # %% ../nbs/10_formats.ipynb #cell-35
 def check_row(row: object, where: str) -> None:
-    "Raise `ValueError` unless both sides are strings, or both are lists, and the share is one."
+    "Raise `ValueError` unless the sides are two strings or two lists, and the share is in 0 to 1."
     if not isinstance(row, dict):
         raise ValueError(
             f"{where}: this is of type {type(row).__name__}, "

@@ -284,7 +284,7 @@ def write_bodies(
     prompt: Prompt,  # what was asked
     n: int,  # how many responses, at most ten
 ) -> list[str]:  # the body of each
-    "Write bodies of `n` different kinds of the ten, each of one to three sentences."
+    "Write `n` bodies of one to three sentences, their kinds drawn without replacement."
     if prompt.workload == "helpful":
         right, opposite = PROBLEMS[prompt.key].advice, PROBLEMS[prompt.key ^ 1].advice
         kinds = [right] * 4 + [opposite] * 4 + [rng.choice(PROBLEMS).advice, PHRASES["vague"]]

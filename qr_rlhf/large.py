@@ -54,7 +54,7 @@ def need(
 def float32_head(
     model: PreTrainedModel,  # a reward model, in any precision
 ):
-    "Hold the head in float32, whatever comes in; in place."
+    "Hold the head in float32 and convert its inputs to it; changes the model in place."
     head = find_head(model).float()
     head.register_forward_pre_hook(
         lambda head, inputs: (inputs[0].to(head.weight.dtype), *inputs[1:])

@@ -78,7 +78,7 @@ def open_run(
     folder: str | Path,  # of the run
     settings: dict,  # everything that decides its results, as JSON can hold it
 ) -> FileLock:  # held until it is released or the process ends
-    "Take hold of a run's folder; raises `ValueError` if it is held, or was made otherwise."
+    "Take hold of a run's folder; raises `ValueError` if it is held or has other settings."
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock", timeout=0, is_singleton=True)
