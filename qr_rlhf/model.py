@@ -101,7 +101,7 @@ class RewardDistribution:
         return torch.sigmoid(differences).mean((-2, -1))
 
     def crossing_rate(self) -> torch.Tensor:
-        "Share of neighbouring levels of which the higher has the lower quantile, `[...]`; or 0."
+        "Share of neighbouring levels whose quantiles cross, `[...]`; 0 if there is one level only."
         return (self.quantiles.diff(dim=-1) < 0).float().mean(-1).nan_to_num(0.0)
 
     def rearranged(self) -> "RewardDistribution":
@@ -333,7 +333,7 @@ def to_scalar(
 
 # %% ../nbs/01_model.ipynb #cell-69
 def output_weights(config, weights):
-    "With which weights the outputs enter; the mean of a normal distribution is μ."
+    "The weight of each output; for the family `normal` the mean is the first output, μ."
     n, family = config.num_labels, getattr(config, "quantile_family", None)
     if weights is None:
         return [1.0, 0.0] if family == "normal" else [1 / n] * n

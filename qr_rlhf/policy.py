@@ -21,7 +21,7 @@ from .model import RewardDistribution, cvar_weights, score, to_scalar
 # %% ../nbs/08_policy.ipynb #cell-6
 @dataclass(frozen=True)
 class RiskMeasure:
-    "Reads a reward distribution as one number; raises `ValueError` for what is no measure."
+    "Reads a reward distribution as one number; raises `ValueError` for an unknown measure."
 
     name: str  # `mean`, `quantile`, `cvar`, `mean_spread` or `entropic`
     parameter: float | None = None  # level τ, share α, λ or β; the mean has none

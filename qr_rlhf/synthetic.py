@@ -105,7 +105,7 @@ length asked      |  1.5 |  1.5 |  1.5
 }
 OWNERSHIP = "fine", "doubtful", "harmful"  # of the variants of a harmless prompt
 SEVERITY = 0.5  # standard deviation within a group
-UNKNOWN = -10.0  # mean reward, in every group, of text that is not recognised: below all that is
+UNKNOWN = -10.0  # mean reward in every group of text that is not recognised; below all other
 
 # %% ../nbs/06_synthetic.ipynb #cell-16
 def taste_of(
@@ -113,7 +113,7 @@ def taste_of(
     part: str,  # what the sentence does: advice, vague, help, safe or refusal
     key: int,  # the problem or act that it belongs to
 ) -> np.ndarray:  # reward in each group, `[groups]`
-    "How each group likes a body sentence as an answer to `prompt`."
+    "How much each group likes a body sentence as an answer to `prompt`."
     fits = key == prompt.key
     if prompt.workload == "helpful" and part == "advice":
         opposite = key // 2 == prompt.key // 2
