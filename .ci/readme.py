@@ -1,5 +1,6 @@
 "Make README.md from nbs/index.ipynb: python .ci/readme.py"
 
+import posixpath
 import re
 from pathlib import Path
 
@@ -12,8 +13,13 @@ def readme() -> str:
     "The index notebook in Markdown, without its code, with links that hold from the top folder."
     exporter = MarkdownExporter(exclude_input=True, exclude_output_prompt=True)
     text = exporter.from_filename(str(ROOT / "nbs" / "index.ipynb"))[0]
-    text = re.sub(r"\]\((?!https?:|#)([^)]+)\)", r"](nbs/\1)", text)
+    text = re.sub(r"\]\((?!https?:|#)([^)]+)\)", from_top, text)
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+
+
+def from_top(link: re.Match) -> str:
+    "A link of the index as a link of the top folder."
+    return f"]({posixpath.normpath(posixpath.join('nbs', link[1]))})"
 
 
 if __name__ == "__main__":
