@@ -1,12 +1,16 @@
 "What the tests share: a copy of the project to run notebooks in, so that they leave no trace here."
 
-import json, os, shutil, subprocess, sys
+import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SMALL = dict(
+SMALL = dict(  # the least demo that still trains, evaluates and resumes
     n_train=160,
     n_eval=24,
     vocab_size=400,
@@ -26,39 +30,35 @@ class Project:
     def __init__(self, folder):
         self.folder = Path(folder)
         shutil.copy(ROOT / "settings.ini", self.folder)
-        shutil.copytree(
-            ROOT / "nbs", self.folder / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints")
-        )
+        without = shutil.ignore_patterns(".ipynb_checkpoints")
+        shutil.copytree(ROOT / "nbs", self.folder / "nbs", ignore=without)
         (self.folder / "runs").mkdir()
         self.env = {
             **os.environ,
             "PYTHONPATH": str(ROOT),
             "HF_HOME": str(self.folder / "hub"),
-            "HF_ENDPOINT": "http://127.0.0.1:9",
+            "HF_ENDPOINT": "http://127.0.0.1:9",  # nobody answers there
             "OMP_NUM_THREADS": "1",
             "PYTHONWARNINGS": "ignore",
         }
 
     def command(self, notebook, output, **parameters):
-        given = [str(p) for k, v in parameters.items() for p in ("-p", k, v)]
-        return [
-            sys.executable,
-            "-m",
-            "papermill",
-            f"nbs/{notebook}.ipynb",
-            *([output] if output else []),
-            *given,
-            "--no-progress-bar",
-        ]
+        "The papermill command; without output the notebook goes to standard output."
+        paths = [f"nbs/{notebook}.ipynb", *([output] if output else [])]
+        given = [str(word) for name, value in parameters.items() for word in ("-p", name, value)]
+        return [sys.executable, "-m", "papermill", *paths, *given, "--no-progress-bar"]
 
     def papermill(self, notebook, output="runs/out.ipynb", **parameters):
-        return subprocess.run(
-            self.command(notebook, output, **parameters),
-            cwd=self.folder,
-            env=self.env,
-            capture_output=True,
-            text=True,
-        )
+        "Run a notebook, and return the finished process, whether it failed or not."
+        command = self.command(notebook, output, **parameters)
+        where = dict(cwd=self.folder, env=self.env)
+        return subprocess.run(command, **where, capture_output=True, text=True)
+
+    def run(self, notebook, output="runs/out.ipynb", **parameters):
+        "Run a notebook that must not fail."
+        done = self.papermill(notebook, output, **parameters)
+        assert done.returncode == 0, done.stderr
+        return done
 
     def results(self, name):
         return json.loads((self.folder / "runs" / name / "results.json").read_text())
@@ -78,6 +78,5 @@ def project(tmp_path_factory):
 @pytest.fixture(scope="session")
 def demo(project):
     "One finished run of the demo at a very small setting, on notebooks that nbdev_clean went over."
-    done = project.papermill("run", "runs/harmless.ipynb", workload="harmless", **SMALL)
-    assert done.returncode == 0, done.stderr
+    project.run("run", "runs/harmless.ipynb", workload="harmless", **SMALL)
     return project

@@ -1,11 +1,15 @@
-"Train a tiny model on pairs; started alone or by torchrun (see test_distributed.py). Writes its loss curve, and says whether all ranks hold equal weights."
+"""Train a tiny model on pairs; started alone or by torchrun (see test_distributed.py).
 
-import json, os, sys
+Writes its loss curve, and says whether all ranks hold equal weights.
+"""
+
+import json
+import os
+import sys
 from pathlib import Path
 
 import torch
 from datasets import load_from_disk
-from transformers import PrinterCallback
 
 from qr_rlhf.model import load_reward_model, load_tokenizer
 from qr_rlhf.training import PairTrainer, training_arguments
@@ -29,26 +33,17 @@ args = training_arguments(
     logging_steps=1,
     disable_tqdm=True,
 )
-trainer = PairTrainer(
-    load_reward_model(folder / "backbone", tokenizer, n=10, seed=0),
-    args,
-    tokenizer,
-    load_from_disk(str(folder / "train")),
-)
-trainer.remove_callback(PrinterCallback)
+model = load_reward_model(folder / "backbone", tokenizer, n=10, seed=0)
+trainer = PairTrainer(model, args, tokenizer, load_from_disk(str(folder / "train")))
 trainer.train()
 
 weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
 everybody = trainer.accelerator.gather(weights[None])
 if trainer.is_world_process_zero():
-    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-    (folder / f"curve{processes}.json").write_text(
-        json.dumps(
-            dict(
-                losses=losses,
-                shared=trainer.shared,
-                ranks=len(everybody),
-                equal=bool((everybody == everybody[0]).all()),
-            )
-        )
+    found = dict(
+        losses=[row["loss"] for row in trainer.state.log_history if "loss" in row],
+        shared=trainer.shared,
+        ranks=len(everybody),
+        equal=bool((everybody == everybody[0]).all()),
     )
+    (folder / f"curve{processes}.json").write_text(json.dumps(found))

@@ -1,6 +1,11 @@
-"accelerate shares a model out over GPUs only; this lets it do so over CPU processes, and then runs a module as `python -m` would."
+"""accelerate shares a model out over GPUs only; this lets it do so over CPU processes.
 
-import runpy, sys
+It then runs a module as `python -m` would.
+"""
+
+import runpy
+import sys
+
 import accelerate
 from accelerate.utils import DistributedType
 

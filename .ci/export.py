@@ -1,0 +1,15 @@
+"Export the notebooks to the package: nbdev_export, with its lists of names in 100 columns."
+
+from textwrap import TextWrapper
+
+import nbdev.maker
+from nbdev.doclinks import nbdev_export
+
+
+def wrapper(width, **options):
+    return TextWrapper(width=90, **options)  # "__all__ = " comes before them
+
+
+if __name__ == "__main__":
+    nbdev.maker.TextWrapper = wrapper
+    nbdev_export()
