@@ -1,7 +1,10 @@
-"The policy study, tiny: GRPO on the embedded world, and the paper's profile on local files with a finished run's reward models."
+"The policy study, tiny: GRPO in the embedded world, and the paper's profile on local files."
 
-import math, shutil
+import json
+import math
+import shutil
 
+import pytest
 from conftest import SMALL, error
 from test_run import write_folder, write_gpt2
 
@@ -14,109 +17,92 @@ TINY = dict(
     n_prompts=12,
     n_eval=6,
     learning_rate=1e-2,
+    check=False,
 )
+SAME = "n_train", "vocab_size", "n_layer", "n_embd", "n_head", "warm_up_epochs"
+EMBEDDED = {k: SMALL[k] for k in SAME} | TINY
+EMBEDDED |= dict(max_prompt=80, reward_epochs=1, seeds="0,1")
+EMBEDDED |= dict(rewards="scalar mean, quantile cvar 0.2")
 
 
-def test_policies_in_the_embedded_world(project):
-    parameters = (
-        {
-            k: SMALL[k]
-            for k in ("n_train", "vocab_size", "n_layer", "n_embd", "n_head", "warm_up_epochs")
-        }
-        | TINY
-        | dict(max_prompt=80)
-    )
-    done = project.papermill(
-        "studies/policy",
-        "runs/policy.ipynb",
-        seeds="0,1",
-        reward_epochs=1,
-        rewards="scalar mean, quantile cvar 0.2",
-        **parameters,
-    )
+@pytest.fixture(scope="module")
+def results(project):
+    done = project.papermill("studies/policy", "runs/policy.ipynb", **EMBEDDED)
     assert done.returncode == 0, done.stderr
-    results = project.results("policy")
-    assert (
-        set(results["rewards"]) == {"scalar mean", "quantile cvar 0.2"}
-        and results["stock_difference"] < 1e-4
-    )
+    return project.results("policy")
+
+
+def test_every_policy_is_evaluated_along_the_way(results):
+    assert set(results["rewards"]) == {"scalar mean", "quantile cvar 0.2"}
     for curves in results["rewards"].values():
         assert set(curves) == {"0", "1"}
-        for rows in curves.values():
-            assert [row["step"] for row in rows] == [0, 2] and {
-                "proxy",
-                "true",
-                "cvar",
-                "kl",
-                "recognised",
-                "length",
-            } <= set(rows[0])
-            assert (
-                abs(rows[0]["proxy"]) < 1e-9
-                and abs(rows[0]["kl"]) < 1e-4 < abs(rows[1]["kl"])
-                and 0 <= rows[1]["recognised"] <= 1
-                and 1 <= rows[1]["length"] <= 10
-            )
-            assert all(
-                row["cvar"] <= row["true"]
-                and (row["recognised"] > 0 or math.isclose(row["true"], -10))
-                for row in rows
-            )
+        for start, end in curves.values():
+            assert (start["step"], end["step"]) == (0, 2)
+            assert abs(start["proxy"]) < 1e-9
+            assert abs(start["kl"]) < 1e-4 < abs(end["kl"])
+            assert 0 <= end["recognised"] <= 1 and 1 <= end["length"] <= 10
+
+
+def test_truth_of_the_responses(results):
+    for curves in results["rewards"].values():
+        for row in (row for rows in curves.values() for row in rows):
+            assert row["cvar"] <= row["true"]
+            assert row["recognised"] > 0 or math.isclose(row["true"], -10)
+
+
+def test_trl_alone_gives_the_same_rewards(results):
+    assert results["stock_difference"] < 1e-4
+
+
+def test_differences_and_findings(results, project):
     assert set(results["verdict"]) == {"quantile cvar 0.2 − scalar mean"}
-    assert all(
-        {"over_seeds", "over_prompts", "each"} <= set(d["true"]) and len(d["true"]["each"]) == 2
-        for d in results["differences"].values()
-    )
-    assert (project.folder / "runs" / "policy" / "policy.png").stat().st_size > 1000
-    again = project.papermill(
-        "studies/policy",
-        "runs/policy.ipynb",
-        seeds="0,1",
-        reward_epochs=1,
-        rewards="scalar mean, quantile cvar 0.2",
-        **parameters,
-    )
-    assert (
-        again.returncode == 0
-        and (project.folder / "runs" / "policy.ipynb").read_text().count("taken up") >= 9
-    )
+    for found in results["differences"].values():
+        assert {"over_seeds", "over_prompts", "each"} <= set(found["true"])
+        assert len(found["true"]["each"]) == 2
+    folder = project.folder / "runs" / "policy"
+    assert (folder / "policy.png").stat().st_size > 1000
+    findings = json.loads((folder / "findings.json").read_text())
+    expected = {"start", "scalar", "quantile_cvar", "cvar_minus_mean", "seeds"}
+    assert set(findings) == expected and findings["seeds"] == 2
+
+
+def test_finished_work_is_taken_up(results, project):
+    again = project.papermill("studies/policy", "runs/policy.ipynb", **EMBEDDED)
+    assert again.returncode == 0, again.stderr
+    text = (project.folder / "runs" / "policy.ipynb").read_text()
+    assert "language model: taken up" in text
+    assert "4 reward models, 4 of them taken up" in text
+    assert "4 policies, 4 of them taken up" in text
     assert project.results("policy")["rewards"] == results["rewards"]
-    assert "choose from scalar, quantile, distributional" in error(
-        project.papermill("studies/policy", name="other", rewards="best mean")
-    )
+
+
+def test_unknown_reward_models_are_refused(project):
+    refused = project.papermill("studies/policy", name="other", rewards="best mean")
+    assert "choose from scalar, quantile, distributional" in error(refused)
+
+
+PAPER = dict(profile="paper", workload="harmless", data="hh-policy", backbone="gpt2-policy")
 
 
 def test_paper_profile_takes_up_a_run(demo):
-    "Reward models of a finished run that holds no warmed-up language model; a local GPT-2 with another tokenizer; local files in HH-RLHF's layout."
+    "A finished run without a warmed-up language model, a local GPT-2, files in HH-RLHF's layout."
     write_folder(demo.folder / "hh-policy", "harmless", 120, 30)
     write_gpt2(demo.folder / "gpt2-policy", "harmless", 300)
-    shutil.copytree(
-        demo.folder / "runs" / "harmless",
-        demo.folder / "runs" / "reward",
-        ignore=shutil.ignore_patterns("warm_up"),
-    )
-    paper = dict(profile="paper", workload="harmless", data="hh-policy", backbone="gpt2-policy")
-    done = demo.papermill(
-        "studies/policy",
-        "runs/policy-paper.ipynb",
-        name="policy-paper",
-        runs_of="reward",
-        seeds="0,1",
-        max_prompt=150,
-        **paper,
-        **TINY,
-    )
+    without = shutil.ignore_patterns("warm_up")
+    runs = demo.folder / "runs"
+    shutil.copytree(runs / "harmless", runs / "reward", ignore=without)
+    lent = dict(name="policy-paper", runs_of="reward", seeds="0,1", max_prompt=150)
+    done = demo.papermill("studies/policy", "runs/policy-paper.ipynb", **lent, **PAPER, **TINY)
     assert done.returncode == 0, done.stderr
     results = demo.results("policy-paper")
-    assert (
-        set(results["rewards"]) == {"scalar mean", "quantile mean", "quantile cvar 0.2"}
-        and not results["verdict"]
-    )
-    rows = results["rewards"]["quantile mean"]["1"]
-    assert "true" not in rows[0] and rows[1]["kl"] > 0 and results["stock_difference"] < 1e-4
-    assert "-p runs_of helpful-paper" in error(
-        demo.papermill("studies/policy", name="none", profile="paper")
-    )
-    assert "missing is not finished" in error(
-        demo.papermill("studies/policy", name="none", runs_of="missing", **paper)
-    )
+    rewards = {"scalar mean", "quantile mean", "quantile cvar 0.2"}
+    assert set(results["rewards"]) == rewards and not results["verdict"]
+    _, end = results["rewards"]["quantile mean"]["1"]
+    assert "true" not in end and end["kl"] > 0 and results["stock_difference"] < 1e-4
+
+
+def test_what_the_paper_profile_lacks_is_said(project):
+    refused = project.papermill("studies/policy", name="none", profile="paper")
+    assert "-p runs_of helpful-paper" in error(refused)
+    refused = project.papermill("studies/policy", name="none", runs_of="missing", **PAPER)
+    assert "missing is not finished" in error(refused)
