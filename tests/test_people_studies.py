@@ -49,21 +49,20 @@ def ukp_line(debate, first, second, votes):
     )
 
 
-def functions_of(notebook, **names):
-    "The functions that a notebook defines at the top of its cells, to be called here."
-    for cell in json.loads((ROOT / "nbs" / f"{notebook}.ipynb").read_text())["cells"]:
-        source = "".join(cell["source"])
-        if cell["cell_type"] == "code" and "%config" not in source:
-            tree = ast.parse(source)
-            tree.body = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
-            exec(compile(tree, notebook, "exec"), names)
-    return names
+READERS = "read_ukp read_counts text read_line why_useless load_votes find_file read_lines".split()
 
 
 @pytest.fixture(scope="module")
 def load_votes():
+    "The function of the notebook, with the functions that it calls."
     known = dict(json=json, gzip=gzip, Counter=Counter, pd=pd, root_path=root_path)
-    return functions_of("studies/people", **known)["load_votes"]
+    for cell in json.loads((ROOT / "nbs" / "studies" / "people.ipynb").read_text())["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "code" and "%config" not in source:
+            tree = ast.parse(source)
+            tree.body = [node for node in tree.body if getattr(node, "name", None) in READERS]
+            exec(compile(tree, "people.ipynb", "exec"), known)
+    return known["load_votes"]
 
 
 PLAIN = dict(prompt="Tea: Yes", topic="Tea", first="Hot.", second="It is warm.")
