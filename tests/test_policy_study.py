@@ -1,6 +1,7 @@
-"The policy study, tiny: GRPO on the embedded world, and the paper's profile on local files with a finished run's reward models."
+"The policy study, tiny: on the embedded world, and on local files with a finished run."
 
-import math, shutil
+import math
+import shutil
 
 from conftest import SMALL, error
 from test_run import write_folder, write_gpt2
@@ -87,7 +88,11 @@ def test_policies_in_the_embedded_world(project):
 
 
 def test_paper_profile_takes_up_a_run(demo):
-    "Reward models of a finished run that holds no warmed-up language model; a local GPT-2 with another tokenizer; local files in HH-RLHF's layout."
+    """Its reward models come from a finished run without a warmed-up language model.
+
+    The backbone is a local GPT-2 with another tokenizer; the data are local files in
+    HH-RLHF's layout.
+    """
     write_folder(demo.folder / "hh-policy", "harmless", 120, 30)
     write_gpt2(demo.folder / "gpt2-policy", "harmless", 300)
     shutil.copytree(

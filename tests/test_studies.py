@@ -30,9 +30,10 @@ def test_best_of_n_study(project):
         for model, sizes in models.items():
             assert list(sizes) == ["100", "200"]
             for measures in sizes.values():
-                assert set(measures) == {"scalar": {"mean"}, "ensemble": {"mean", "cvar 0.5"}}.get(
-                    model, {"mean", *pessimistic}
-                )
+                assert set(measures) == {
+                    "scalar": {"mean"},
+                    "ensemble": {"mean", "cvar 0.5"},
+                }.get(model, {"mean", *pessimistic})
                 for first, *_, last in measures.values():
                     assert (
                         first["n"] == 1
@@ -46,7 +47,9 @@ def test_best_of_n_study(project):
                         )  # best of 1 is the average over the candidates
                     assert (
                         abs(first["proxy"]["value"]) < 1e-9 < last["proxy"]["value"]
-                        and last["proxy"]["low"] <= last["proxy"]["value"] <= last["proxy"]["high"]
+                        and last["proxy"]["low"]
+                        <= last["proxy"]["value"]
+                        <= last["proxy"]["high"]
                     )
         best = results["truth"]["harmless"][source]["mean"]
         assert (
@@ -62,4 +65,6 @@ def test_best_of_n_study(project):
         assert len(row["true_mean"]["seeds"]) == 1 and np.isclose(
             row["true_mean"]["seeds"][0], row["true_mean"]["value"]
         )
-    assert (project.folder / "runs" / "best_of_n" / "best_of_n_harmless.png").stat().st_size > 1000
+    assert (
+        project.folder / "runs" / "best_of_n" / "best_of_n_harmless.png"
+    ).stat().st_size > 1000

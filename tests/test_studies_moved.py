@@ -35,7 +35,9 @@ def test_calibration_study(project):
         )
         and min(found["nll_gap"]) > 0
     )
-    assert (project.folder / "runs" / "calibration" / "identification.png").stat().st_size > 1000
+    assert (
+        project.folder / "runs" / "calibration" / "identification.png"
+    ).stat().st_size > 1000
     assert "-p votes" in error(project.papermill("studies/annotators"))
 
 
