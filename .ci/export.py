@@ -1,4 +1,4 @@
-"Export the notebooks to the package: nbdev_export, with its lists of names in 100 columns."
+"Export the notebooks to the package: nbdev_export, with its lists of names in 96 columns."
 
 from textwrap import TextWrapper
 
@@ -7,7 +7,7 @@ from nbdev.doclinks import nbdev_export
 
 
 def wrapper(width, **options):
-    return TextWrapper(width=90, **options)  # "__all__ = " comes before them
+    return TextWrapper(width=86, **options)  # "__all__ = " comes before them
 
 
 if __name__ == "__main__":

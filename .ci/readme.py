@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def readme() -> str:
-    "The index notebook in Markdown, without its code, with links that hold from the top folder."
+    "The index notebook in Markdown, without code; its links hold from the top folder."
     exporter = MarkdownExporter(exclude_input=True, exclude_output_prompt=True)
     text = exporter.from_filename(str(ROOT / "nbs" / "index.ipynb"))[0]
     text = re.sub(r"\]\((?!https?:|#)([^)]+)\)", from_top, text)

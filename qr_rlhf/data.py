@@ -7,7 +7,8 @@ __all__ = ['parse_pair', 'check_preference', 'load_pairs', 'read_pair', 'check_r
            'check_votes', 'hash_share', 'part_of', 'split_validation',
            'count_shared_prompts', 'data_hash', 'special_ids', 'check_end_token',
            'split_ids', 'shorter_prompts', 'sequence_ends', 'encode_dialogue',
-           'encode_row', 'encode_pairs', 'pad_rows', 'collate_sequences', 'collate_pairs']
+           'encode_row', 'encode_pairs', 'pad_rows', 'collate_sequences',
+           'collate_pairs']
 
 # %% ../nbs/00_data.ipynb #cell-3
 import hashlib
@@ -102,7 +103,9 @@ def check_request(data: object, workload: str, split: str, n: int | None) -> Non
     if split not in ("train", "test"):
         raise ValueError(f"split: {split!r} is unknown; choose train or test.")
     if n is not None and n < 1:
-        raise ValueError(f"n: {n} pairs of the {split} split were asked for; ask for 1 or more.")
+        raise ValueError(
+            f"n: {n} pairs of the {split} split were asked for; ask for 1 or more."
+        )
     if hasattr(data, "rows") and workload not in WORKLOADS:
         known = ", ".join(WORKLOADS)
         raise ValueError(f"workload: {workload!r} is unknown; choose one of {known}.")
@@ -113,7 +116,8 @@ def check_votes(row: dict, first: dict, where: str) -> None:
     if ("share" in row) != ("share" in first):
         found, others = ("here", "lack") if "share" in row else ("missing", "have")
         fault = f"{found}, though earlier rows {others} it"
-        raise ValueError(f"{where}: the field 'share' is {fault}; give it in every row or in none.")
+        remedy = "give it in every row or in none"
+        raise ValueError(f"{where}: the field 'share' is {fault}; {remedy}.")
 
 # %% ../nbs/00_data.ipynb #cell-22
 def hash_share(
@@ -133,7 +137,7 @@ def split_validation(
     pairs: Dataset,  # training pairs, with `prompt`
     fraction: float = 0.05,  # share of prompts set aside
 ) -> tuple[Dataset, Dataset]:  # what is trained on, what is validated on
-    "Set aside validation pairs by a hash of the prompt; raises `ValueError` if a side is empty."
+    "Set pairs aside by a hash of the prompt; raises `ValueError` if a side is empty."
     shares = [hash_share(prompt) for prompt in pairs["prompt"]]
     train = [i for i, share in enumerate(shares) if share >= fraction]
     valid = [i for i, share in enumerate(shares) if share < fraction]
@@ -222,7 +226,7 @@ def shorter_prompts(
 def sequence_ends(
     tokenizer,  # a tokenizer of `transformers`
 ) -> tuple[list[int], list[int]]:  # ids before a sequence, ids after it
-    "The ids to put around a prompt with its response; raises `ValueError` as `special_ids` does."
+    "The ids to put around prompt and response; raises `ValueError` as `special_ids` does."
     if not tokenizer.chat_template:
         return special_ids(tokenizer)
     prompt = MARKERS["user"] + " a" + MARKERS["assistant"]
@@ -292,7 +296,7 @@ def encode_pairs(
         names = [*batch, "prompt_ids", "chosen_ids", "rejected_ids"]
         return {name: [row[name] for row in kept] for name in names}
 
-    fingerprint = f"{pairs._fingerprint}{max_length}"  # given, or `map` would pickle the tokenizer
+    fingerprint = f"{pairs._fingerprint}{max_length}"  # or else `map` pickles the tokenizer
     options = dict(batched=True, load_from_cache_file=False, new_fingerprint=fingerprint)
     encoded = pairs.map(encode, desc="tokenise", **options)
     if not len(encoded):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Networks', 'Rows', 'Learners', 'BestEpoch', 'LearnersTrainer', 'train_networks',
            'check_finite', 'log_loss_gap', 'temperature', 'quiet', 'side_by_side',
-           'read_list', 'encode_parts', 'warm_up', 'write_scratch', 'train_reward_model']
+           'read_list', 'warm_up', 'write_scratch', 'train_reward_model']
 
 # %% ../nbs/17_experiments.ipynb #cell-3
 import multiprocessing
@@ -28,10 +28,10 @@ from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from .data import encode_pairs, split_validation
 from .losses import OBJECTIVES
 from .model import load_reward_model, load_tokenizer, tiny_gpt2, train_tokenizer
-from .runs import Settings, run_arguments
+from .runs import encode_parts, run_arguments
+from .settings import Settings
 from .training import PairTrainer, train_to, warm_up_trainer
 
 # %% ../nbs/17_experiments.ipynb #cell-6
@@ -72,7 +72,7 @@ class Rows(torch.utils.data.Dataset):
     def __init__(
         self,
         x: torch.Tensor,  # responses `[seeds, n, 2, features]`, chosen first
-        share: torch.Tensor | None = None,  # of votes for chosen `[seeds, n]`; None: one vote each
+        share: torch.Tensor | None = None,  # of votes for chosen `[seeds, n]`; None: one each
     ):
         self.x, self.share = x, share
 
@@ -160,7 +160,7 @@ class BestEpoch(TrainerCallback):
 
 # %% ../nbs/17_experiments.ipynb #cell-16
 class LearnersTrainer(Trainer):
-    "Trains all networks at once: no weight belongs to two of them, so their losses may be added."
+    "Trains all networks at once: no weight belongs to two of them, so losses may be added."
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         return sum(loss.sum() for loss in model.losses(**inputs).values())
@@ -202,9 +202,8 @@ def train_networks(
             use_cpu=True,
             dataloader_pin_memory=False,
         )
-        trainer = LearnersTrainer(
-            learners, args, train_dataset=train, data_collator=lambda batch: batch, callbacks=[best]
-        )
+        data = dict(train_dataset=train, data_collator=lambda batch: batch)
+        trainer = LearnersTrainer(learners, args, callbacks=[best], **data)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     check_finite(best.last)
@@ -280,22 +279,12 @@ def read_list(
     return [kind(item) for item in items if item]
 
 # %% ../nbs/17_experiments.ipynb #cell-37
-def encode_parts(
-    pairs: Dataset,  # prompt, chosen, rejected
-    tokenizer,  # of the model
-    settings: Settings,  # their `max_length`
-) -> list[Dataset]:  # encoded pairs to train on, and to validate on
-    "Split pairs and encode both parts; pairs that are too long are left out."
-    parts = split_validation(pairs)
-    return [encode_pairs(part, tokenizer, settings.max_length)[0] for part in parts]
-
-
 def warm_up(
     folder: Path,  # `scratch` and `warm_up` come into it
     pairs: Dataset,  # whose chosen dialogues are learnt
     settings: Settings,  # a backbone from scratch, or another one, and its warm-up
 ) -> bool:  # whether it was trained now (or else taken up as finished)
-    "Train a language model on chosen dialogues, in `folder/warm_up`: where reward models start."
+    "Train a language model on chosen dialogues, in `folder/warm_up`; others start from it."
     if (folder / "warm_up").exists():
         return False
     start = settings.backbone

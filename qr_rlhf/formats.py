@@ -6,9 +6,9 @@
 __all__ = ['MARKERS', 'TURN', 'SIDES', 'OPEN', 'split_turns', 'messages_to_text', 'system_text',
            'text_to_messages', 'Dropped', 'read_message', 'join_parts', 'uses_tools',
            'check_message', 'check_text', 'read_messages', 'read_row', 'check_row',
-           'read_prompt', 'check_dialogue', 'read_side', 'begins_with', 'read_chat_side',
-           'check_prompt', 'read_text_side', 'apply_template', 'write_chat',
-           'check_turns']
+           'read_prompt', 'check_dialogue', 'read_side', 'begins_with',
+           'read_chat_side', 'check_prompt', 'read_text_side', 'apply_template',
+           'write_chat', 'check_turns']
 
 # %% ../nbs/10_formats.ipynb #cell-3
 import re
@@ -30,7 +30,7 @@ def split_turns(
 
 # %% ../nbs/10_formats.ipynb #cell-12
 def messages_to_text(
-    messages: list[dict],  # `[{"role": ..., "content": ...}, ...]`; `system` may only be the first
+    messages: list[dict],  # `[{"role": ..., "content": ...}, ...]`; `system` only as the first
 ) -> str:  # in HH-RLHF's form
     "Write chat messages as text."
     return "".join(
@@ -62,7 +62,7 @@ def text_to_messages(
 
 # %% ../nbs/10_formats.ipynb #cell-20
 class Dropped(Exception):
-    "A row that can't be used, though nothing is wrong with its file; the argument is the reason."
+    "A row that can't be used, in a file that is right; the argument is the reason."
 
 # %% ../nbs/10_formats.ipynb #cell-22
 def read_message(
@@ -113,7 +113,8 @@ def check_message(message: object, where: str) -> None:
 def check_text(text: object, where: str, what: str) -> str:
     "Return a string unchanged; raise `ValueError` for anything else."
     if not isinstance(text, str):
-        raise ValueError(f"{where}: {what} is of type {type(text).__name__}; it must be a string.")
+        kind = type(text).__name__
+        raise ValueError(f"{where}: {what} is of type {kind}; it must be a string.")
     if any("\ud800" <= c <= "\udfff" for c in text):
         raise ValueError(
             f"{where}: {what} holds half a surrogate pair, which is no character; "
@@ -149,7 +150,7 @@ def read_row(
 
 # %% ../nbs/10_formats.ipynb #cell-35
 def check_row(row: object, where: str) -> None:
-    "Raise `ValueError` unless the sides are two strings or two lists, and the share is in 0 to 1."
+    "Raise `ValueError` unless sides are two strings or two lists, and the share is in 0 to 1."
     if not isinstance(row, dict):
         raise ValueError(
             f"{where}: this is of type {type(row).__name__}, "
@@ -158,7 +159,8 @@ def check_row(row: object, where: str) -> None:
     for side in SIDES:
         if row.get(side) is None:
             raise ValueError(
-                f"{where}: the field '{side}' is missing; each row needs 'chosen' and 'rejected', "
+                f"{where}: the field '{side}' is missing; "
+                "each row needs 'chosen' and 'rejected', "
                 f"and has {', '.join(map(repr, row)) or 'nothing'}."
             )
         if not isinstance(row[side], (str, list)):

@@ -75,7 +75,7 @@ def trainable_model(
     load_in_4bit: bool | None = None,  # hold the frozen backbone in 4 bits
     precision: str = "float32",  # or `bfloat16`
 ):  # a reward model, ready for `PairTrainer`
-    "Load a reward model to train, whole or by an adapter; raises `ValueError` for 4 bits alone."
+    "Load a reward model to train, whole or by an adapter; `ValueError` for 4 bits alone."
     check_trainable(lora_rank, load_in_4bit)
     if not lora_rank:
         return load_reward_model(name, tokenizer, n, seed, dropout, family)
@@ -267,7 +267,7 @@ def check_mergeable(name: str | Path, adapter: Path, task_type: str):
     "Raise `ValueError` for an adapter of anything but a causal language model."
     if task_type != "CAUSAL_LM" or not (adapter / "adapter_model.safetensors").exists():
         raise ValueError(
-            f"backbone: {name} is an adapter (task_type {task_type}) that can't be merged; give "
-            "one of a causal language model (CAUSAL_LM) with adapter_model.safetensors, "
+            f"backbone: {name} is an adapter (task_type {task_type}) that can't be merged; "
+            "give one of a causal language model (CAUSAL_LM) with adapter_model.safetensors, "
             "or a whole model."
         )

@@ -66,14 +66,13 @@ def cvar_weights(
 
 def check_tail(alpha):
     if not 0 < alpha <= 1:
-        raise ValueError(
-            f"alpha: {alpha} is no share of the lower tail; give a number above 0 and at most 1."
-        )
+        remedy = "give a number above 0 and at most 1"
+        raise ValueError(f"alpha: {alpha} is no share of the lower tail; {remedy}.")
 
 # %% ../nbs/01_model.ipynb #cell-19
 @dataclass(frozen=True)
 class RewardDistribution:
-    "Reward distributions, each given by N equally likely quantiles in the order of their levels."
+    "Reward distributions, each given by N equally likely quantiles, ordered by level."
 
     quantiles: torch.Tensor  # `[..., N]`, at the levels `quantile_levels(N)`
 
@@ -96,12 +95,12 @@ class RewardDistribution:
         return self.quantiles @ weights.to(self.quantiles)
 
     def prob_beats(self, other: "RewardDistribution") -> torch.Tensor:
-        "Probability of being preferred, `[...]`: mean of σ(q_i − q_j) over all pairs of quantiles."
+        "Probability of being preferred, `[...]`: mean of σ(q_i − q_j) over N × N quantiles."
         differences = self.quantiles[..., :, None] - other.quantiles[..., None, :]
         return torch.sigmoid(differences).mean((-2, -1))
 
     def crossing_rate(self) -> torch.Tensor:
-        "Share of neighbouring levels whose quantiles cross, `[...]`; 0 if there is one level only."
+        "Share of neighbouring levels whose quantiles cross, `[...]`; 0 for a single level."
         return (self.quantiles.diff(dim=-1) < 0).float().mean(-1).nan_to_num(0.0)
 
     def rearranged(self) -> "RewardDistribution":
@@ -126,7 +125,7 @@ def local_or_hub(
     folder = root_path(name)
     local = dict(local_files_only=True)
     if hasattr(getattr(load, "__self__", None), "_model_mapping"):  # a model
-        local["adapter_kwargs"] = dict(local)  # where peft is installed, it looks for adapters, too
+        local["adapter_kwargs"] = dict(local)  # where peft is, it looks for adapters, too
     try:
         return load(folder if folder.is_dir() else str(name), **local, **kwargs)
     except (OSError, ValueError, RuntimeError) as error:
@@ -150,7 +149,7 @@ def local_or_hub(
 def load_tokenizer(
     name: str | Path,  # folder or id on the Hub
 ):  # a fast tokenizer with an end token and a padding token of its own
-    "Load a tokenizer; raises `ValueError` if it can't be had, makes no tokens or has no end token."
+    "Load a tokenizer; raises `ValueError` if there is none, or no tokens, or no end token."
     tokenizer = local_or_hub(AutoTokenizer.from_pretrained, name)
     check_tokenizer(tokenizer, name)
     end = special_ids(tokenizer)[1][-1]
@@ -165,7 +164,7 @@ def check_tokenizer(tokenizer, name):
         raise ValueError(f"{it} is not a fast one; save it with a tokenizer.json.")
     ids = tokenizer("Hello, world!", add_special_tokens=False)["input_ids"]
     if not ids or set(ids) == {tokenizer.unk_token_id}:
-        raise ValueError(f"{it} makes no tokens of a text; give a folder with its tokenizer.json.")
+        raise ValueError(f"{it} makes no tokens of a text; give its tokenizer.json, too.")
 
 # %% ../nbs/01_model.ipynb #cell-33
 def train_tokenizer(
@@ -206,7 +205,7 @@ def load_reward_model(
     n: int,  # number of quantiles: 1 for a scalar model, 10 in the paper
     seed: int = 0,  # of the new head's weights
     dropout: float | None = None,  # of every dropout layer; None keeps the backbone's own
-    family: str | None = None,  # `normal` or `free`, see `read_quantiles`; None: the checkpoint's
+    family: str | None = None,  # `normal`, `free` (`read_quantiles`); None: the checkpoint's
     **kwargs,  # for `from_pretrained`, such as `dtype` or `device_map`
 ) -> PreTrainedModel:  # an `AutoModelForSequenceClassification`
     "Load a backbone with a head of n outputs (two for the family `normal`)."
@@ -214,13 +213,10 @@ def load_reward_model(
     config = local_or_hub(AutoConfig.from_pretrained, name)
     family = family or getattr(config, "quantile_family", None)
     check_outputs(config, name, n, family)
-    model = local_or_hub(
-        AutoModelForSequenceClassification.from_pretrained,
-        name,
-        num_labels=2 if family == "normal" else n,
-        use_safetensors=True,
-        **dict(dtype=torch.float32) | kwargs,
-    )
+    load = AutoModelForSequenceClassification.from_pretrained
+    outputs = 2 if family == "normal" else n
+    kwargs = dict(dtype=torch.float32) | kwargs
+    model = local_or_hub(load, name, num_labels=outputs, use_safetensors=True, **kwargs)
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     model.config.pad_token_id = tokenizer.pad_token_id
@@ -253,7 +249,7 @@ def score(
     model: PreTrainedModel,  # a reward model
     tokenizer,  # its tokenizer
     prompt: str | list[dict],  # a dialogue up to the reply in HH-RLHF's form, or chat messages
-    responses: list[str | list[dict]],  # replies: text, or messages where the prompt is messages
+    responses: list[str | list[dict]],  # replies: text, or messages if the prompt is
     max_length: int | None = None,  # most tokens in a sequence; None: the model's own limit
     row_tokens: int = 1024,  # most response tokens that are computed together
 ) -> torch.Tensor:  # quantiles `[responses, N]`, float32
@@ -279,8 +275,10 @@ def score(
 def dialogue_text(prompt, responses):
     "Chat messages in HH-RLHF's form."
     marker = MARKERS["assistant"]
-    replies = [[dict(role="assistant", content=r)] if isinstance(r, str) else r for r in responses]
-    texts = [messages_to_text(reply).removeprefix(marker) for reply in replies]
+    texts = []
+    for reply in responses:
+        turns = [dict(role="assistant", content=reply)] if isinstance(reply, str) else reply
+        texts.append(messages_to_text(turns).removeprefix(marker))
     return messages_to_text(prompt) + marker, texts
 
 # %% ../nbs/01_model.ipynb #cell-55
@@ -316,17 +314,16 @@ def normal_quantiles(
 # %% ../nbs/01_model.ipynb #cell-68
 def to_scalar(
     model: PreTrainedModel,  # a reward model with N outputs
-    weights: list[float] | None = None,  # N weights, such as `cvar_weights(10, .2)`; None: the mean
+    weights: list[float] | None = None,  # N, such as `cvar_weights(10, 0.2)`; None: the mean
 ) -> PreTrainedModel:  # a copy with one output, for any tool that takes a reward model
     "Fold a weighted mean of the quantiles into a head with one output."
     weights = output_weights(model.config, weights)
     model = copy.deepcopy(model)
     head = find_head(model)
     row = torch.tensor([weights], device=head.weight.device)
-    with torch.no_grad():
-        head.weight = torch.nn.Parameter((row @ head.weight.float()).to(head.weight))
-        if head.bias is not None:
-            head.bias = torch.nn.Parameter((row @ head.bias.float()).to(head.bias))
+    for name, old in list(head.named_parameters()):  # weight, and bias if it has one
+        folded = (row @ old.detach().float()).to(old)
+        setattr(head, name, torch.nn.Parameter(folded))
     head.out_features = model.num_labels = model.config.num_labels = 1
     model.config.quantile_levels, model.config.quantile_family = quantile_levels(1), None
     return model
@@ -339,11 +336,9 @@ def output_weights(config, weights):
         return [1.0, 0.0] if family == "normal" else [1 / n] * n
     if family:
         raise ValueError(
-            f"weights: this model's quantiles are not its outputs (quantile_family is {family!r}), "
-            "so only their mean can be folded; leave weights out."
+            f"weights: outputs of the family {family!r} are not quantiles themselves, "
+            "so only the mean can be folded; leave weights out."
         )
     if len(weights) != n:
-        raise ValueError(
-            f"weights: {len(weights)} were given for a model with {n} outputs; give {n}."
-        )
+        raise ValueError(f"weights: {len(weights)} were given for {n} outputs; give {n}.")
     return list(weights)

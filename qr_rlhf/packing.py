@@ -32,7 +32,7 @@ def pack_row(
 
 # %% ../nbs/12_packing.ipynb #cell-12
 def collate_shared(
-    rows: list[tuple[list[int], list[list[int]]]],  # prompt, K responses; K the same in each row
+    rows: list[tuple[list[int], list[list[int]]]],  # prompt, K responses; the same K in each
     pad_token_id: int,  # the padding token
 ) -> dict[str, torch.Tensor]:  # as in `pack_row`, `[batch, tokens]`; but `ends` is `[batch, K]`
     "Make a batch of packed rows, each a prompt with all its responses."
@@ -48,7 +48,7 @@ def shared_mask(
 ) -> (
     torch.Tensor
 ):  # `[batch, 1, tokens, tokens]`: 0 where a token (row) may look, else very negative
-    "Let each token see the prompt and its own response, up to itself; added to attention scores."
+    "Let a token see the prompt and its own response, up to itself; added to attention scores."
     causal = torch.ones(segments.shape[1:] * 2, dtype=torch.bool, device=segments.device).tril()
     own = segments[:, None, :] == segments[:, :, None]
     sees = causal & (own | (segments[:, None, :] == 0))
@@ -69,7 +69,7 @@ def reading_at(
     model: PreTrainedModel,  # a reward model without wrappers, whose head sees every token
     ends: torch.Tensor,  # where to read, `[batch, K]`
 ):
-    "Within this context the model puts out `[batch, K·N]`: its N outputs at K tokens of each row."
+    "Within this context the model puts out `[batch, K·N]`: N outputs at K tokens of each row."
 
     def read(head, inputs, outputs):  # outputs `[batch, tokens, N]`
         at_ends = outputs.gather(1, ends[..., None].expand(-1, -1, outputs.shape[-1]))
@@ -85,7 +85,7 @@ def reading_at(
 def shared_quantiles(
     model,  # a reward model, wrapped or not
     batch: dict[str, torch.Tensor],  # from `collate_shared`
-    inner: PreTrainedModel | None = None,  # the reward model inside its wrappers, if there are any
+    inner: PreTrainedModel | None = None,  # the reward model inside its wrappers, if any
 ) -> torch.Tensor:  # `[batch, K, N]`
     "The outputs for K responses to each prompt, the prompt computed once."
     inner = inner or model
@@ -127,7 +127,7 @@ def probe_row(
     pad_token_id: int,  # the padding token
     longest: int,  # tokens in the longest sequence that will come
 ) -> tuple[list[int], list[list[int]]]:  # a prompt and two responses
-    "Token ids to try a model on: `longest` tokens a sequence, or 48 where no window is in the way."
+    "Token ids to try a model on: `longest` a sequence, or 48 where no window is in the way."
     n = longest if getattr(config, "sliding_window", None) else min(longest, 48)
     rest = n - n // 3
     ids = torch.arange(3 * n) % (config.vocab_size - 1)

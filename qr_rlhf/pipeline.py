@@ -22,7 +22,13 @@ from scipy.stats import pearsonr, spearmanr
 from transformers import AutoModelForSequenceClassification
 
 from .analysis import METRICS, MODELS, evaluate, format_interval, to_arrays
-from .data import count_shared_prompts, data_hash, encode_pairs, load_pairs, split_validation
+from qr_rlhf.data import (
+    count_shared_prompts,
+    data_hash,
+    encode_pairs,
+    load_pairs,
+    split_validation,
+)
 from .export import model_card, write_card
 from .large import keep_adapter, plain_backbone
 from .model import load_tokenizer, quantile_levels, tiny_gpt2, train_tokenizer
@@ -37,7 +43,8 @@ from .uncertainty import explained, spread
 def describe_run(profile: str, workload: str, data: str, backbone: str, objective: str) -> str:
     "Say in one line what a run is about, given its settings of these names."
     known = dict(synthetic="embedded synthetic world", scratch="small GPT-2 from scratch")
-    parts = [known.get(place) or hub_id(place) or Path(place).name for place in (data, backbone)]
+    given = (data, backbone)
+    parts = [known.get(place) or hub_id(place) or Path(place).name for place in given]
     if objective != "paper":
         parts.append(f"{objective} objective")
     about = f"{profile}, {workload}" if workload in WORKLOADS else "your data"
@@ -78,7 +85,7 @@ def begin_run(
     name: str | None = None,  # of the run; None: the workload
     runs: Path | None = None,  # folder of all runs; None: `runs/` in the repository
 ) -> Run:  # its pairs have the columns `prompt, chosen, rejected`
-    "Read a run's pairs and take hold of its folder; raises `ValueError` where one can't be done."
+    "Read a run's pairs and take hold of its folder; raises `ValueError` where it can't."
     name, synthetic = name or settings.workload, settings.data == "synthetic"
     source = World(judges=settings.judges) if synthetic else settings.data
     choice = dict(subsets=settings.subsets, splits=settings.splits)
@@ -283,9 +290,10 @@ def spread_lines(results: dict) -> list[str]:
         told = "- **Spread** (10–90 % range): its rank correlation with the annotators' is"
         lines.append(f"{told} {np.nanmean(true):.2f}.")
     if true and results["objective"].get("target") == "label":
-        lines[0] += " With the target `label` it restates how often a response wins (chapter 2)."
+        restates = "it restates how often a response wins (chapter 2)"
+        lines[0] += f" With the target `label` {restates}."
     if repeated > 0.9:
-        told = "- **Warning**: the predicted spread of a seed is a function of its predicted mean"
+        told = "- **Warning**: a seed's predicted spread is a function of its predicted mean"
         lines.append(f"{told} (η² = {repeated:.2f}): it says nothing of its own.")
     return lines
 

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['COMPUTING', 'write_whole', 'save_figure', 'versions', 'open_run', 'find_changes',
-           'run_arguments', 'sharded', 'reward_trainer', 'launch', 'read_arguments']
+           'run_arguments', 'sharded', 'reward_trainer', 'encode_parts', 'launch',
+           'read_arguments']
 
 # %% ../nbs/15_runs.ipynb #cell-3
 import argparse
@@ -159,8 +160,9 @@ def reward_trainer(
         n, objective = settings.n_quantiles, settings.make_objective()
     if sharded() and settings.lora_rank:
         raise ValueError(
-            "lora_rank: adapters are not trained under FSDP here; launch without --config_file, "
-            "so that each device holds the frozen backbone, or leave lora_rank out."
+            "lora_rank: adapters are not trained under FSDP here; "
+            "launch without --config_file, so that each device "
+            "holds the frozen backbone, or leave lora_rank out."
         )
     same = ("dropout", "lora_rank", "load_in_4bit", "precision")
     how = {name: getattr(settings, name) for name in same}
@@ -171,6 +173,16 @@ def reward_trainer(
     return PairTrainer(loaded, arguments, tokenizer, train, valid, objective)
 
 # %% ../nbs/15_runs.ipynb #cell-31
+def encode_parts(
+    pairs: Dataset,  # prompt, chosen, rejected
+    tokenizer,  # of the model
+    settings: Settings,  # their `max_length`
+) -> list[Dataset]:  # encoded pairs to train on, and to validate on
+    "Split pairs and encode both parts; pairs that are too long are left out."
+    parts = split_validation(pairs)
+    return [encode_pairs(part, tokenizer, settings.max_length)[0] for part in parts]
+
+
 def launch(
     arguments: list[str],  # such as `["--data", "hh", "--backbone", "gpt2"]`
 ) -> Path:  # the run's folder
@@ -182,15 +194,14 @@ def launch(
     which = dict(subsets=settings.subsets, splits=settings.splits)
     read = partial(load_pairs, settings.data, settings.workload, **which)
     with state.main_process_first():
-        pairs, evaluation = read("train", n=settings.n_train)[0], read("test", n=settings.n_eval)[0]
+        pairs, _ = read("train", n=settings.n_train)
+        evaluation, _ = read("test", n=settings.n_eval)
         if state.is_main_process:
             also = dict(data_hash=data_hash(pairs, evaluation), versions=versions())
             lock = open_run(folder, dataclasses.asdict(settings) | also)
         start = plain_backbone(settings.backbone, folder / "backbone")
     tokenizer = load_tokenizer(start)
-    train, valid = (
-        encode_pairs(part, tokenizer, settings.max_length)[0] for part in split_validation(pairs)
-    )
+    train, valid = encode_parts(pairs, tokenizer, settings)
     parts = dict(start=start, tokenizer=tokenizer, train=train, valid=valid)
     finish = [keep_adapter] if settings.lora_rank else []
     for seed, model in product(settings.seeds, ("scalar", "quantile")):
@@ -211,7 +222,8 @@ def read_arguments(arguments: list[str]) -> tuple[str | None, Settings]:
     parser.set_defaults(profile="paper")
     given = vars(parser.parse_args(arguments))
     name, settings = given.pop("name"), make_settings(**given)
-    if settings.data == "synthetic" or settings.backbone == "scratch" or settings.warm_up_epochs:
+    made_here = settings.data == "synthetic" or settings.backbone == "scratch"
+    if made_here or settings.warm_up_epochs:
         raise ValueError(
             "launch: the embedded world, a backbone from scratch and warm-up belong to "
             "nbs/run.ipynb; give data and backbone, and warm_up_epochs 0."

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FIELDS', 'PROFILES', 'TRUTH', 'READERS', 'setting', 'Settings', 'check_choice',
-           'check_value', 'check_together', 'make_settings', 'read_value', 'read_number',
-           'read_list', 'parameters', 'parameter_lines']
+           'check_value', 'check_together', 'make_settings', 'read_value',
+           'read_number', 'read_list', 'parameters', 'parameter_lines']
 
 # %% ../nbs/09_settings.ipynb #cell-3
 import dataclasses
@@ -28,7 +28,8 @@ def setting(
     **bounds,  # `at_least`, its lowest value, or `choices`, its possible values
 ):  # a field of `Settings`
     "Describe one setting."
-    values = dict(demo=default if demo is None else demo, paper=default if paper is None else paper)
+    own = dict(demo=demo, paper=paper)
+    values = {name: default if value is None else value for name, value in own.items()}
     return dataclasses.field(metadata=dict(help=help, values=values, **bounds))
 
 # %% ../nbs/09_settings.ipynb #cell-8
@@ -41,13 +42,15 @@ class Settings:
     )
     profile: str = setting("demo: minutes on two CPU cores, no network; paper: for a GPU")
     data: str = setting(
-        "synthetic; or a file of pairs, a folder or a Hub id", "Anthropic/hh-rlhf", demo="synthetic"
+        "synthetic; or a file of pairs, a folder or a Hub id",
+        "Anthropic/hh-rlhf",
+        demo="synthetic",
     )
     subsets: list[str] | None = setting(
-        "of HH-RLHF, such as helpful-base,helpful-online; of other Hub data: configurations"
+        "of HH-RLHF, such as helpful-base,helpful-online; elsewhere: configurations"
     )
     splits: list[str] | None = setting(
-        "to train and to evaluate on, such as train_prefs,test_prefs; or one to cut in two"
+        "to train and evaluate on, such as train_prefs,test_prefs; or one to cut in two"
     )
     judges: str = setting("synthetic: who labels a pair, independent or same", "independent")
     n_train: int | None = setting(
@@ -66,7 +69,10 @@ class Settings:
     n_embd: int = setting("scratch: width", 128, at_least=1)
     n_head: int = setting("scratch: attention heads", 4, at_least=1)
     warm_up_epochs: float = setting(
-        "passes of language modelling over the chosen dialogues first", 0.0, demo=2.0, at_least=0
+        "passes of language modelling over the chosen dialogues first",
+        0.0,
+        demo=2.0,
+        at_least=0,
     )
     warm_up_learning_rate: float = setting("of that stage", 2e-3)
 
@@ -85,10 +91,14 @@ class Settings:
     precision: str = setting(
         "to compute in: float32 or bfloat16", "float32", choices=["float32", "bfloat16"]
     )
-    lora_rank: int | None = setting("of a LoRA adapter, such as 16 (None: all weights)", at_least=1)
+    lora_rank: int | None = setting(
+        "of a LoRA adapter, such as 16 (None: all weights)", at_least=1
+    )
     load_in_4bit: bool | None = setting("hold the frozen backbone in 4 bits (QLoRA)")
     gradient_checkpointing: bool | None = setting("compute activations twice, to save memory")
-    evaluations: int = setting("how often to look for the best checkpoint", 20, demo=6, at_least=1)
+    evaluations: int = setting(
+        "how often to look for the best checkpoint", 20, demo=6, at_least=1
+    )
 
     n_quantiles: int = setting("quantiles of the quantile model", 10, at_least=2)
     objective: str = setting(

@@ -16,7 +16,7 @@ def conclude(
     claims: dict[str, bool],  # sentence → whether the results bear it out
     check: bool = True,  # stop where one does not; False: say so in the list
 ) -> str:  # a list in Markdown
-    "Put conclusions in a list; raises `AssertionError` naming those that the results contradict."
+    "List conclusions; raises `AssertionError` naming those that the results contradict."
     broken = [sentence for sentence, holds in claims.items() if not holds]
     if check and broken:
         raise AssertionError(
@@ -31,7 +31,7 @@ def conclude(
 def finished_runs(
     names: list[str],  # of runs under `runs/`
 ) -> dict[str, dict]:  # name → contents of its `results.json`
-    "Read the results of finished runs; raises `ValueError` that says how to make those missing."
+    "Read the results of finished runs; raises `ValueError` that says how to make the others."
     folder, files = root_path("runs"), ("results.json", "rewards.parquet")
     missing = [n for n in names if not all((folder / n / file).exists() for file in files)]
     if missing:
@@ -39,7 +39,8 @@ def finished_runs(
             f"papermill nbs/run.ipynb runs/{n}.ipynb {how_to_make(n)}" for n in missing
         )
         raise ValueError(
-            f"runs: not finished: {', '.join(missing)}; from the repository's root, run {commands}"
+            f"runs: not finished: {', '.join(missing)}; "
+            f"from the repository's root, run {commands}"
         )
     return {name: json.loads((folder / name / "results.json").read_text()) for name in names}
 

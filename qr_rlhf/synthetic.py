@@ -20,7 +20,14 @@ import numpy as np
 import pandas as pd
 from scipy.special import expit, ndtr, ndtri
 
-from .grammar import Prompt, Response, parse_prompt, parse_response, read_phrases, write_pair
+from qr_rlhf.grammar import (
+    Prompt,
+    Response,
+    parse_prompt,
+    parse_response,
+    read_phrases,
+    write_pair,
+)
 
 # %% ../nbs/06_synthetic.ipynb #cell-6
 class Truth(NamedTuple):
@@ -118,7 +125,8 @@ def taste_of(
     if prompt.workload == "helpful" and part == "advice":
         opposite = key // 2 == prompt.key // 2
         return TASTES["right" if fits else "opposite" if opposite else "beside"]
-    if prompt.workload == "harmless" and (part == "refusal" or part in ("help", "safe") and fits):
+    answers = part == "refusal" or part in ("help", "safe") and fits
+    if prompt.workload == "harmless" and answers:
         return TASTES[f"{part}, {OWNERSHIP[prompt.variant]}"]
     return TASTES["beside"]
 
@@ -194,16 +202,16 @@ class World:
     ) -> list[dict]:  # `{chosen, rejected}`, in HH-RLHF's form
         "The first `n` rows of a workload and split."
         check_rows(workload, split, n)
-        text, votes = (
-            random.Random(f"{self.seed} {workload} {split} {what}") for what in ("text", "votes")
-        )
+        source = f"{self.seed} {workload} {split}"
+        text, votes = (random.Random(f"{source} {what}") for what in ("text", "votes"))
         rows = []
         while len(rows) < n:
             prompt, a, b = write_pair(text, workload)
             is_test = crc32(prompt.encode()) % 5 == 0
             if a == b or is_test != (split == "test"):
                 continue
-            if votes.random() > win_probability(truth(prompt, a), truth(prompt, b), self.judges):
+            a_wins = win_probability(truth(prompt, a), truth(prompt, b), self.judges)
+            if votes.random() > a_wins:
                 a, b = b, a
             rows.append({"chosen": f"{prompt} {a}", "rejected": f"{prompt} {b}"})
         return rows
@@ -221,8 +229,8 @@ class World:
         index = pd.MultiIndex.from_product(
             [range(len(pairs)), SIDES, levels], names=["pair", "side", "level"]
         )
-        rewards = dict(reward=both.quantiles(levels).ravel(), mean=both.mean().repeat(len(levels)))
-        return pd.DataFrame(rewards, index=index).reset_index()
+        quantiles, means = both.quantiles(levels).ravel(), both.mean().repeat(len(levels))
+        return pd.DataFrame(dict(reward=quantiles, mean=means), index=index).reset_index()
 
 
 def check_rows(workload: str, split: str, n: int):
@@ -236,7 +244,8 @@ def truths(
     texts: Iterable[tuple[str, str]],  # prompts, each with a response
 ) -> Truth:  # `[texts, groups]` each
     "The reward distributions of many responses."
-    return Truth(*(np.stack(part) for part in zip(*(truth(*text) for text in texts), strict=True)))
+    truths = (truth(*text) for text in texts)
+    return Truth(*(np.stack(part) for part in zip(*truths, strict=True)))
 
 # %% ../nbs/06_synthetic.ipynb #cell-50
 SHAPES = {  # shares and offsets of the groups

@@ -80,7 +80,7 @@ def pair_metrics(
 # %% ../nbs/03_training.ipynb #cell-22
 def row_lengths(
     pairs: Dataset,  # encoded pairs
-    shared: bool,  # whether a row holds the prompt once and both responses, or else one sequence
+    shared: bool,  # whether a row holds the prompt once and both responses, or one sequence
 ) -> np.ndarray:  # tokens that each pair's (longer) row takes
     "Lengths of the rows that pairs become."
     prompt, chosen, rejected = (
@@ -92,7 +92,7 @@ def row_lengths(
 # %% ../nbs/03_training.ipynb #cell-25
 def pair_batch(
     rows: list[dict],  # rows of `encode_pairs`
-    shared: bool,  # whether a row holds the prompt once and both responses, or else one sequence
+    shared: bool,  # whether a row holds the prompt once and both responses, or one sequence
     pad_token_id: int,  # the padding token
 ) -> dict[str, torch.Tensor]:  # what the model is given, and `share` where there are votes
     "Make a batch of pairs."
@@ -117,7 +117,10 @@ class LengthTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset=None):
         rows = self.args.train_batch_size * self.args.world_size
-        return LengthSampler(self.lengths, rows, self.args.seed, lambda: int(self.state.epoch or 0))
+        return LengthSampler(self.lengths, rows, self.args.seed, self.epoch)
+
+    def epoch(self):
+        return int(self.state.epoch or 0)
 
 # %% ../nbs/03_training.ipynb #cell-30
 class PairTrainer(LengthTrainer):
@@ -188,7 +191,8 @@ def can_share(
     *tables: Dataset | None,  # encoded pairs that will come
 ) -> bool:  # whether both ways give the same quantiles
     "Whether a model computes the same when a prompt is shared; says so if it doesn't."
-    longest = max(row_lengths(pairs, shared=False).max() for pairs in tables if pairs is not None)
+    given = [pairs for pairs in tables if pairs is not None]
+    longest = max(row_lengths(pairs, shared=False).max() for pairs in given)
     shared = shares_prompt(model, pad_token_id, int(longest))
     if not shared:
         print(
@@ -231,7 +235,8 @@ def training_arguments(
     "Make `TrainingArguments` for a reward model."
     every, gpu = max(1, steps // evaluations), torch.cuda.is_available()
     when = dict(eval_strategy="steps", eval_steps=every, save_steps=every, logging_steps=every)
-    best = dict(load_best_model_at_end=True, metric_for_best_model="eval_loss", save_total_limit=1)
+    best = dict(load_best_model_at_end=True, metric_for_best_model="eval_loss")
+    best |= dict(save_total_limit=1)
     shown = dict(report_to="none", disable_tqdm=False, logging_nan_inf_filter=False)
     rows = dict(per_device_eval_batch_size=32, remove_unused_columns=False)
     device = dict(dataloader_pin_memory=gpu)
@@ -335,9 +340,7 @@ def rewards_table(
 ) -> pd.DataFrame:  # columns `model, seed, pair, side, level, reward`
     "Lay quantiles out as the rewards table, the one hand-over between models and analysis."
     pairs, _, n = quantiles.shape
-    index = pd.MultiIndex.from_product(
-        [range(pairs), ("chosen", "rejected"), quantile_levels(n)], names=["pair", "side", "level"]
-    )
-    table = pd.DataFrame(dict(reward=quantiles.ravel()), index=index).reset_index()
-    columns = ["model", "seed", "pair", "side", "level", "reward"]
-    return table.assign(model=model, seed=seed)[columns]
+    names = ["model", "seed", "pair", "side", "level"]
+    keys = [[model], [seed], range(pairs), ("chosen", "rejected"), quantile_levels(n)]
+    index = pd.MultiIndex.from_product(keys, names=names)
+    return pd.DataFrame(dict(reward=quantiles.ravel()), index=index).reset_index()

@@ -1,4 +1,4 @@
-"What the tests share: a copy of the project to run notebooks in, so that they leave no trace here."
+"What the tests share: a copy of the project, so that notebooks leave no trace here."
 
 import json
 import os
@@ -45,7 +45,9 @@ class Project:
     def command(self, notebook, output, **parameters):
         "The papermill command; without output the notebook goes to standard output."
         paths = [f"nbs/{notebook}.ipynb", *([output] if output else [])]
-        given = [str(word) for name, value in parameters.items() for word in ("-p", name, value)]
+        given = []
+        for name, value in parameters.items():
+            given += ["-p", name, str(value)]
         return [sys.executable, "-m", "papermill", *paths, *given, "--no-progress-bar"]
 
     def papermill(self, notebook, output="runs/out.ipynb", **parameters):
@@ -77,6 +79,6 @@ def project(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def demo(project):
-    "One finished run of the demo at a very small setting, on notebooks that nbdev_clean went over."
+    "One finished run of the demo at a very small setting, on cleaned notebooks."
     project.run("run", "runs/harmless.ipynb", workload="harmless", **SMALL)
     return project

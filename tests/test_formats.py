@@ -1,4 +1,4 @@
-"Other people's files, formats and tokenizers: the same words give the same table, ids and rewards."
+"Other people's files, formats, tokenizers: same words, same table, ids and rewards."
 
 import gzip
 import json
@@ -25,12 +25,14 @@ ASK = "\n\nHuman: My bread is flat.\n\nAssistant:"
 PAIR = dict(chosen=ASK + " Try fresh yeast.", rejected=ASK + " Buy some bread.")
 LINE = json.dumps(PAIR)
 CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 NO_SYSTEM = (
     "{% for m in messages %}{% if m['role'] == 'system' %}"
-    "{{ raise_exception('System role not supported') }}{% endif %}[{{ m['content'] }}]{% endfor %}"
+    "{{ raise_exception('System role not supported') }}{% endif %}"
+    "[{{ m['content'] }}]{% endfor %}"
 )
 
 
@@ -137,7 +139,8 @@ def test_chat_and_string_files_give_the_same_table_and_rewards(rows, backbone, t
     rewards = []
     for path in (files[0], files[5], files[-1]):
         encoded, _ = encode_pairs(load(path)[0][0], tokenizer, 400)
-        rewards.append(torch.from_numpy(score_pairs(model, tokenizer, encoded, disable_tqdm=True)))
+        found = score_pairs(model, tokenizer, encoded, disable_tqdm=True)
+        rewards.append(torch.from_numpy(found))
     assert torch.equal(rewards[0], rewards[1])
     assert torch.equal(rewards[0], rewards[2])
     assert rewards[0].std() > 0
@@ -169,7 +172,8 @@ def test_ids_are_those_of_the_chat_template(rows, chat_tokenizer, tmp_path):
     chats[1]["prompt"] = [message("system", "You are brief.\n"), *chats[1]["prompt"]]
     for i, text in enumerate((" two\n\nlines ", "\n\nHm.", "naïve 北京", "")):
         chats[2 + i]["chosen"] = reply(text)
-    pairs, dropped = load_pairs(write(tmp_path / "mine.json", chats), "mine", "train", splits=None)
+    path = write(tmp_path / "mine.json", chats)
+    pairs, dropped = load_pairs(path, "mine", "train", splits=None)
     more, dropped_too = load_pairs(tmp_path / "mine.json", "mine", "test")
     assert dropped["empty"] == dropped_too["empty"] == 1
 
@@ -272,9 +276,8 @@ def test_what_cannot_be_used_is_counted(rows, tmp_path):
         dict(prompt="Another.") | {side: first["prompt"] + first[side] for side in SIDES},
         first | dict(chosen=late_system),
     ]
-    reasons = (
-        "tool_use not_text equal turn_marker no_reply empty prompt_differs system_inside".split()
-    )
+    reasons = """tool_use not_text equal turn_marker no_reply empty prompt_differs
+        system_inside""".split()
     for pairs, dropped in load(write(tmp_path / "mine.jsonl", good + bad)):
         assert len(pairs) + sum(dropped.values()) == len(good) + len(bad)
         dropped.pop("other_part")
@@ -374,7 +377,8 @@ def test_templates_and_lengths_that_fit_no_pair(backbone):
     pairs = Dataset.from_list([dict(prompt="You bake." + ASK, chosen=" Yes.", rejected=" No.")])
     assert said in refusal(encode_pairs, pairs, tokenizer, 64)
 
-    tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}[{{ m }}]{% endfor %}"
+    each = "{% for m in messages %}[{{ m }}]{% endfor %}"
+    tokenizer.chat_template = "{{ messages | length }}" + each
     assert "can't be parted" in refusal(apply_template, tokenizer, ASK, [" Hm."])
 
 

@@ -64,7 +64,8 @@ def llama(project):
     "What a new user has: pairs of their own, and a LoRA-tuned Llama whose base is elsewhere."
     # 144 pairs to train on: whole batches, for one process and for two
     write_folder(project.folder / "mine", "helpful", 154, 24)
-    tokenizer = train_tokenizer([r["chosen"] for r in World().rows("helpful", "train", 50)], 400)
+    texts = [row["chosen"] for row in World().rows("helpful", "train", 50)]
+    tokenizer = train_tokenizer(texts, 400)
     for folder in ("llama", "tuned"):
         tokenizer.save_pretrained(project.folder / folder)
     tiny_llama(tokenizer).save_pretrained(project.folder / "llama")

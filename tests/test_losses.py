@@ -56,7 +56,8 @@ def test_paper_objective_is_the_sum_of_its_parts():
     plain = PaperObjective(target="none")
     one = chosen[:, :1], rejected[:, :1]
     assert torch.isclose(plain(*one), bradley_terry(chosen[:, 0], rejected[:, 0]).mean())
-    label = quantile_huber(chosen, torch.ones(6, 1)) + quantile_huber(rejected, -torch.ones(6, 1))
+    one = torch.ones(6, 1)
+    label = quantile_huber(chosen, one) + quantile_huber(rejected, -one)
     total = plain(chosen, rejected) + 3 * label.mean() / 2
     assert torch.isclose(PaperObjective(weight=3.0)(chosen, rejected), total)
 
@@ -110,7 +111,7 @@ def test_peers_against_what_defines_them():
 def test_extreme_rewards_have_finite_losses_and_gradients(objective, dtype, size):
     outputs = [(x * size).to(dtype).requires_grad_() for x in pairs(objective)]
     if getattr(objective, "family", "") == "normal" and size == 1e30:
-        loss = objective.pair_loss(*outputs).mean()  # the variance of such a log s is no float32
+        loss = objective.pair_loss(*outputs).mean()  # such a variance is no float32
     else:
         loss = objective(*outputs)
     loss.backward()

@@ -82,7 +82,8 @@ def test_a_reward_does_not_depend_on_the_rest_of_the_batch(model, batch):
 
 @torch.no_grad()
 def test_an_encoder_works_the_same_way(tokenizer, batch, tmp_path):
-    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+    sizes = dict(hidden_size=32, num_hidden_layers=2, intermediate_size=64)
+    sizes |= dict(num_attention_heads=2)
     BertModel(BertConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path)
     bert = load_reward_model(tmp_path, tokenizer, n=10).eval()
     outputs = bert(**batch).logits
@@ -125,16 +126,18 @@ def test_a_head_is_drawn_from_its_seed(backbone, tokenizer, model):
     assert model.score.bias is None and model.score.weight.shape == (10, 32)
 
 
-def test_dropout_is_the_backbones_own_or_what_is_asked_for(backbone, tokenizer, model, tmp_path):
+def test_dropout_is_the_backbones_or_what_is_asked_for(backbone, tokenizer, model, tmp_path):
     example = dict(input_ids=torch.arange(8)[None], attention_mask=torch.ones(1, 8))
     dropping = load_reward_model(backbone, tokenizer, n=10, dropout=0.5).train()
     model.train()
     assert torch.equal(model(**example).logits, model(**example).logits)
     assert not torch.equal(dropping(**example).logits, dropping(**example).logits)
-    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    sizes = dict(hidden_size=32, num_hidden_layers=1, intermediate_size=64)
+    sizes |= dict(num_attention_heads=2)
     LlamaModel(LlamaConfig(vocab_size=300, **sizes)).save_pretrained(tmp_path)
     load_reward_model(tmp_path, tokenizer, 10, dropout=0)
-    assert "no dropout layers" in refusal(load_reward_model, tmp_path, tokenizer, 10, dropout=0.5)
+    told = refusal(load_reward_model, tmp_path, tokenizer, 10, dropout=0.5)
+    assert "no dropout layers" in told
 
 
 def test_what_cannot_be_had_is_said_within_seconds(tokenizer, tmp_path):
@@ -170,7 +173,8 @@ def test_readings_by_hand():
     assert torch.isclose(divided.cvar(0.2), torch.tensor(-1.15))
     assert torch.isclose(divided.cvar(1.0), divided.mean(), atol=1e-6)
     assert np.allclose(cvar_weights(10, 0.25), [0.4, 0.4, 0.2] + [0] * 7)
-    assert torch.isclose(agreed.prob_beats(divided) + divided.prob_beats(agreed), torch.tensor(1.0))
+    both = agreed.prob_beats(divided) + divided.prob_beats(agreed)
+    assert torch.isclose(both, torch.tensor(1.0))
 
 
 def test_crossing_and_rearrangement():

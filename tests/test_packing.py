@@ -73,7 +73,7 @@ def test_each_response_sees_its_own_sequence_and_no_more():
         seen = mask[0, batch["ends"][0, k]] == 0
         assert batch["input_ids"][0, seen].tolist() == prompt + response
         assert batch["position_ids"][0, seen].tolist() == list(range(len(prompt + response)))
-    assert (mask.diagonal(dim1=1, dim2=2) == 0).all()  # no token, not even padding, sees nothing
+    assert (mask.diagonal(dim1=1, dim2=2) == 0).all()  # each token sees at least itself
     assert (batch["input_ids"].gather(1, batch["ends"]) == 1).all()
     assert collate_shared([([], [[7], [8, 9]])], 0)["position_ids"].tolist() == [[0, 0, 1]]
 

@@ -55,7 +55,8 @@ def stock_rewards(folder, texts):
     "What `GRPOTrainer` computes for a reward model given by its path."
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
-    how = dict(return_tensors="pt", padding=True, padding_side="right", add_special_tokens=False)
+    how = dict(return_tensors="pt", padding=True, padding_side="right")
+    how |= dict(add_special_tokens=False)
     with torch.no_grad():
         return model(**tokenizer(text=texts, **how)).logits[:, 0].numpy()
 
@@ -100,7 +101,8 @@ def test_an_export_ends_texts_once_and_says_what_it_is(ours, tmp_path):
     assert exported.config.risk_measure == "cvar 0.2" and exported.config.num_labels == 1
     with pytest.raises(ValueError, match="ends every text by itself"):
         score(exported, tokenizer, PHONE, [" Yes."])
-    assert export_reward_model(ours.model, ours.tokenizer, tmp_path / "mean").config.risk_measure
+    exported = export_reward_model(ours.model, ours.tokenizer, tmp_path / "mean")
+    assert exported.config.risk_measure
 
 
 def test_a_chat_template_that_closes_replies_itself(ours, tmp_path):
@@ -130,7 +132,8 @@ def test_readme_exports_a_reward_model_that_trl_scores_as_we_do(tmp_path, monkey
     run = tmp_path / "runs" / "harmless"
     save_backbone(run / "warm_up")
     tokenizer = load_tokenizer(run / "warm_up")
-    load_reward_model(run / "warm_up", tokenizer, 10).save_pretrained(run / "quantile" / "seed0")
+    model = load_reward_model(run / "warm_up", tokenizer, 10)
+    model.save_pretrained(run / "quantile" / "seed0")
     tokenizer.save_pretrained(run / "quantile" / "seed0")
 
     readme = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -166,7 +166,7 @@ def write_folder(folder, workload, **sizes):
 
 
 def write_gpt2(folder, workload, vocab_size):
-    "A small GPT-2 with random weights, whose tokenizer pads with its end token as GPT-2's does."
+    "A small GPT-2 with random weights, whose tokenizer pads with its end token, as GPT-2's."
     rows = World().rows(workload, "train", 50)
     tokenizer = train_tokenizer([row["chosen"] for row in rows], vocab_size)
     tokenizer.pad_token = tokenizer.eos_token  # it must get a padding token of its own
@@ -224,9 +224,8 @@ def test_distributional_objective(demo):
     levels = rewards[rewards.model == "quantile"].level.nunique()
     assert levels == len(config.quantile_levels) == 10
     # the scalar model knows nothing of the other's objective
-    theirs, ours = (
-        table[table.model == "scalar"].reward for table in (read_rewards(demo, "harmless"), rewards)
-    )
+    tables = (read_rewards(demo, "harmless"), rewards)
+    theirs, ours = (table[table.model == "scalar"].reward for table in tables)
     assert np.array_equal(theirs.to_numpy(), ours.to_numpy())
 
 
@@ -235,7 +234,8 @@ def test_distributional_objective(demo):
 
 def test_no_network_is_one_sentence(project):
     start = time.time()
-    message = error(project.papermill("run", profile="paper", workload="helpful", name="offline"))
+    paper = dict(profile="paper", workload="helpful", name="offline")
+    message = error(project.papermill("run", **paper))
     assert time.time() - start < 30
     hub = r"ValueError: data: 'Anthropic/hh-rlhf' .* can't be had from the Hub .*; "
     assert re.match(f"{hub}check the id and the network, or give a local folder", message)

@@ -115,7 +115,8 @@ def test_launch_refuses_what_only_the_notebook_does():
 def test_steps_are_counted_over_all_processes(tmp_path, monkeypatch, capsys):
     settings = make_settings("demo", warmup_steps=40, gradient_checkpointing=True)
     one = run_arguments(tmp_path, settings, 800, 1)
-    assert one.eval_steps == 50 // 6 and one.gradient_checkpointing and not capsys.readouterr().out
+    assert one.eval_steps == 50 // 6 and one.gradient_checkpointing
+    assert not capsys.readouterr().out
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert not run_arguments(tmp_path, settings, 800, 1).gradient_checkpointing
@@ -128,7 +129,8 @@ def test_a_folder_is_held_by_one_process_and_belongs_to_its_settings(tmp_path):
     assert open_run(run, dict(seeds=[0, 1], lr=0.1)) is lock  # a notebook that is run again
     start = f"from qr_rlhf.runs import open_run; open_run({str(run)!r}, {{}})"
     env = os.environ | dict(PYTHONPATH=str(ROOT))
-    other = subprocess.run([sys.executable, "-c", start], env=env, capture_output=True, text=True)
+    command = [sys.executable, "-c", start]
+    other = subprocess.run(command, env=env, capture_output=True, text=True)
     assert "run: another process is working on this run" in other.stderr
     lock.release(force=True)
     open_run(run, settings | dict(lr=0.2)).release()  # nothing was made yet
