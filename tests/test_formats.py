@@ -335,6 +335,14 @@ def test_what_cannot_be_found_is_named(tmp_path):
         assert "name two of them" in said
 
 
+def test_a_file_that_is_not_there_is_no_hub_id(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner" / "folder").mkdir(parents=True)
+    assert not any(sources.hub_id(f"files/mine{ending}") for ending in ENDINGS)
+    assert sources.hub_id("files/MINE.JSONL") is None and sources.hub_id("owner/folder") is None
+    assert sources.hub_id("trl-lib/tldr-preference") == "trl-lib/tldr-preference"
+
+
 def test_what_is_asked_for_must_be_there(tmp_path):
     "In HH-RLHF's layout."
     subset = tmp_path / "helpful-base"

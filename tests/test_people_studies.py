@@ -23,7 +23,9 @@ TINY = dict(
     draws=2,
     check=False,
 )
-WORDS = "bottle water plastic cheap clean habit tax school law people because however never".split()
+WORDS = (
+    "bottle water plastic cheap clean habit tax school law people because however never".split()
+)
 
 
 def write_votes(path, debates=8, arguments=8):
@@ -49,7 +51,9 @@ def ukp_line(debate, first, second, votes):
     )
 
 
-READERS = "read_ukp read_counts text read_line why_useless load_votes find_file read_lines".split()
+READERS = (
+    "read_ukp read_counts text read_line why_useless load_votes find_file read_lines".split()
+)
 
 
 @pytest.fixture(scope="module")

@@ -123,7 +123,7 @@ def test_only_linear_measures_are_exported(ours, tmp_path):
             ours.model, ours.tokenizer, tmp_path / "no", RiskMeasure("entropic", 1.0)
         )
     normal = load_reward_model(tmp_path / "backbone", ours.tokenizer, 10, family="normal")
-    with pytest.raises(ValueError, match="only their mean can be folded"):
+    with pytest.raises(ValueError, match="only the mean can be folded"):
         export_reward_model(normal, ours.tokenizer, tmp_path / "no", CVAR)
     assert not (tmp_path / "no").exists()
 

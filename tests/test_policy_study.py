@@ -1,5 +1,6 @@
-"The policy study, tiny: on the embedded world, and on local files with a finished run."
+"The policy study, tiny: GRPO in the embedded world, and the paper's profile on local files."
 
+import json
 import math
 import shutil
 
@@ -84,11 +85,7 @@ PAPER = dict(profile="paper", workload="harmless", data="hh-policy", backbone="g
 
 
 def test_paper_profile_takes_up_a_run(demo):
-    """Its reward models come from a finished run without a warmed-up language model.
-
-    The backbone is a local GPT-2 with another tokenizer; the data are local files in
-    HH-RLHF's layout.
-    """
+    "A finished run without a warmed-up language model, a local GPT-2, HH-RLHF's layout."
     write_folder(demo.folder / "hh-policy", "harmless", 120, 30)
     write_gpt2(demo.folder / "gpt2-policy", "harmless", 300)
     without = shutil.ignore_patterns("warm_up")

@@ -285,11 +285,17 @@ def test_table1_audit(demo):
     tiny = dict(runs="harmless", n_resamples=4, n_simulations=2, check=False)
     demo.run("studies/table1_audited", "runs/table1_audited.ipynb", **tiny)
     results, kl = demo.results("table1_audited"), demo.results("harmless")["models"]
-    assert len(results["audit"]["difference"]) == 4 * 91 * 2  # views and readings, settings, directions
+    assert (
+        len(results["audit"]["difference"]) == 4 * 91 * 2
+    )  # views and readings, settings, directions
     assert set(results["ratios"]["harmless"]) == {"KL", "KL within pairs", "1 − ρ"}
     assert results["invariance"]["offsets of standard deviation 4"]["AUROC"] < 0.56
-    findings = json.loads((demo.folder / "runs" / "table1_audited" / "findings.json").read_text())
+    findings = json.loads(
+        (demo.folder / "runs" / "table1_audited" / "findings.json").read_text()
+    )
     assert findings["accurate"] <= int(findings["size"].split()[0])
     audit = pd.DataFrame(results["audit"])
-    ours = audit.query("family == 'KDE' and size == 1 and view == 'as is' and reading == 'mean'")
+    ours = audit.query(
+        "family == 'KDE' and size == 1 and view == 'as is' and reading == 'mean'"
+    )
     assert abs(ours.scalar.iloc[0] - kl["scalar"]["kl"]["kde"]["value"]) < 2e-3

@@ -1,4 +1,4 @@
-"The two studies on learning spread, at a tiny setting: what they write has the form they promise."
+"The two studies on learning spread, at a tiny setting: they write what they promise."
 
 import json
 
@@ -64,4 +64,6 @@ def test_spread_from_text(project):
     assert size(project, "spread_text/starts.png") > 1000
     assert findings(project, "spread_text")["votes"] == 20
     once = TEXT | dict(votes=1)
-    assert "votes was 20 and is now 1" in error(project.papermill("studies/spread_text", **once))
+    assert "votes was 20 and is now 1" in error(
+        project.papermill("studies/spread_text", **once)
+    )

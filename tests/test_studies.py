@@ -32,7 +32,9 @@ def results(project):
 
 def curves(results, source):
     "Each choice's curve, the truth's left out."
-    sizes = [of for by in results["workloads"]["harmless"][source].values() for of in by.values()]
+    sizes = [
+        of for by in results["workloads"]["harmless"][source].values() for of in by.values()
+    ]
     return [curve for measures in sizes for curve in measures.values()]
 
 
@@ -44,42 +46,51 @@ def test_every_model_is_read_by_every_measure(results):
         assert set(results["truth"]["harmless"][source]) == {"mean"} | PESSIMISTIC
         for model, sizes in models.items():
             assert list(sizes) == ["100", "200"]
-            for measures in sizes.values():
-                assert set(measures) == {
-                    "scalar": {"mean"},
-                    "ensemble": {"mean", "cvar 0.5"},
-                }.get(model, {"mean", *pessimistic})
-                for first, *_, last in measures.values():
-                    assert (
-                        first["n"] == 1
-                        and first["kl"] == 0
-                        and last["n"] == 4
-                        and abs(last["kl"] - (math.log(4) - 3 / 4)) < 1e-12
-                    )
-                    for metric in ("true_mean", "true_tail", "unrecognised"):
-                        assert (
-                            abs(first[metric]["value"] - pool[metric]) < 1e-9
-                        )  # best of 1 is the average over the candidates
-                    assert (
-                        abs(first["proxy"]["value"]) < 1e-9 < last["proxy"]["value"]
-                        and last["proxy"]["low"]
-                        <= last["proxy"]["value"]
-                        <= last["proxy"]["high"]
-                    )
-        best = results["truth"]["harmless"][source]["mean"]
-        assert (
-            best[-1]["true_mean"]["value"]
-            >= max(
-                m["mean"][-1]["true_mean"]["value"]
-                for sizes in models.values()
-                for m in sizes.values()
-            )
-            - 0.05
-        )  # nobody beats the truth
+            assert all(set(measures) == MEASURES[model] for measures in sizes.values())
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_curves_begin_at_the_average_candidate(results, source):
+    pool = results["pool"]["harmless"][source]
+    for first, *_, last in curves(results, source):
+        assert first["n"] == 1 and first["kl"] == 0 and last["n"] == 4
+        assert abs(last["kl"] - (math.log(4) - 3 / 4)) < 1e-12
+        for metric in ("true_mean", "true_tail", "unrecognised"):
+            assert abs(first[metric]["value"] - pool[metric]) < 1e-9
+        proxy = last["proxy"]
+        assert abs(first["proxy"]["value"]) < 1e-9 < proxy["value"]
+        assert proxy["low"] <= proxy["value"] <= proxy["high"]
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_nobody_beats_the_truth(results, source):
+    best = results["truth"]["harmless"][source]["mean"][-1]["true_mean"]["value"]
+    found = [curve[-1]["true_mean"]["value"] for curve in curves(results, source)]
+    assert best >= max(found) - 0.05
+
+
+def test_one_seed_is_its_own_mean(results):
     for row in results["pessimistic_minus_mean"]:
-        assert len(row["true_mean"]["seeds"]) == 1 and np.isclose(
-            row["true_mean"]["seeds"][0], row["true_mean"]["value"]
-        )
-    assert (
-        project.folder / "runs" / "best_of_n" / "best_of_n_harmless.png"
-    ).stat().st_size > 1000
+        (only,) = row["true_mean"]["seeds"]
+        assert np.isclose(only, row["true_mean"]["value"])
+
+
+def test_figures_and_findings_are_written(results, project):
+    folder = project.folder / "runs" / "best_of_n"
+    for stem in ("best_of_n", "pessimistic_minus_mean"):
+        assert (folder / f"{stem}_harmless.png").stat().st_size > 1000
+    findings = json.loads((folder / "findings.json").read_text())
+    assert {"better", "worse", "comparisons", "generator", "language_model"} < set(findings)
+    assert findings["better"] + findings["worse"] <= findings["comparisons"]
+    assert findings["seeds"] == 1 and "[" in findings["generator"]
+
+
+def test_finished_models_are_taken_up(results, project):
+    again = project.papermill("studies/best_of_n", "runs/best_of_n.ipynb", **TINY)
+    assert again.returncode == 0, again.stderr
+    text = (project.folder / "runs" / "best_of_n.ipynb").read_text()
+    assert "8 reward models, 8 of them taken up" in text
+    now = project.results("best_of_n")
+    assert {k: v for k, v in now.items() if k != "seconds"} == {
+        k: v for k, v in results.items() if k != "seconds"
+    }
