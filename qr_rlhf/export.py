@@ -176,13 +176,13 @@ of several, to filter data.
 - The model says nothing about its own uncertainty, or about how much people disagree.
 {% elif settings.objective == "paper" %}
 - **The spread of the quantiles is no uncertainty.** With targets that are the labels themselves
-  it restates how often a response wins; where the truth is known it does not follow the
+  the outer outputs are slack for the mean; where the truth is known they do not follow the
   disagreement of annotators.
 {% else %}
-- The spread is that of a reward whose judges are drawn independently for each response. **Where
-  one judge rated both responses of a pair, as in HH-RLHF and most vote data, it is not
-  identified**: then read it as a *disagreement scale* that is worth what it predicts, and not
-  as the reward's spread.
+- The spread is that of a reward whose judges are drawn independently for each response.
+  **Where one judge rated both responses of a pair, as in HH-RLHF and most vote data, it is
+  not identified**: then read it as a *disagreement scale* that is worth what it predicts, and
+  not as the reward's spread.
 {% endif %}
 {% if settings.data == "synthetic" %}
 - The pairs are of an embedded synthetic world: nothing here says anything about human

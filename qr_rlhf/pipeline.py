@@ -290,8 +290,8 @@ def spread_lines(results: dict) -> list[str]:
         told = "- **Spread** (10–90 % range): its rank correlation with the annotators' is"
         lines.append(f"{told} {np.nanmean(true):.2f}.")
     if true and results["objective"].get("target") == "label":
-        restates = "it restates how often a response wins (chapter 2)"
-        lines[0] += f" With the target `label` {restates}."
+        explained = "a spread says nothing of disagreement (chapter 2)"
+        lines[0] += f" With the target `label` {explained}."
     if repeated > 0.9:
         told = "- **Warning**: a seed's predicted spread is a function of its predicted mean"
         lines.append(f"{told} (η² = {repeated:.2f}): it says nothing of its own.")
