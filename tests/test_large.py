@@ -63,7 +63,7 @@ def tiny_llama(tokenizer):
 def llama(project):
     "What a new user has: pairs of their own, and a LoRA-tuned Llama whose base is elsewhere."
     # 144 pairs to train on: whole batches, for one process and for two
-    write_folder(project.folder / "mine", "helpful", 154, 24)
+    write_folder(project.folder / "mine", "helpful", train=154, test=24)
     texts = [row["chosen"] for row in World().rows("helpful", "train", 50)]
     tokenizer = train_tokenizer(texts, 400)
     for folder in ("llama", "tuned"):

@@ -86,7 +86,7 @@ PAPER = dict(profile="paper", workload="harmless", data="hh-policy", backbone="g
 
 def test_paper_profile_takes_up_a_run(demo):
     "A finished run without a warmed-up language model, a local GPT-2, HH-RLHF's layout."
-    write_folder(demo.folder / "hh-policy", "harmless", 120, 30)
+    write_folder(demo.folder / "hh-policy", "harmless", train=120, test=30)
     write_gpt2(demo.folder / "gpt2-policy", "harmless", 300)
     without = shutil.ignore_patterns("warm_up")
     runs = demo.folder / "runs"
