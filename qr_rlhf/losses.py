@@ -10,6 +10,7 @@ __all__ = ['OBJECTIVES', 'bradley_terry', 'distributional_bradley_terry', 'rho',
 
 # %% ../nbs/02_losses.ipynb #cell-3
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -149,7 +150,7 @@ class PaperObjective(Objective):
             )
 
 # %% ../nbs/02_losses.ipynb #cell-32
-def check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
+def check_choice(name: str, value: str, known: Iterable[str]) -> None:
     "Raise `ValueError` if `value` is not among the known ones."
     if value not in known:
         raise ValueError(f"{name}: {value!r} is unknown; choose one of {', '.join(known)}.")
