@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['Networks', 'Rows', 'Learners', 'BestEpoch', 'LearnersTrainer', 'train_networks',
-           'check_finite', 'log_loss_gap', 'temperature', 'quiet', 'side_by_side',
-           'read_list', 'warm_up', 'write_scratch', 'train_reward_model']
+           'check_finite', 'log_loss_gap', 'temperature', 'best_factor',
+           'cross_fitted', 'quiet', 'side_by_side', 'read_list', 'warm_up',
+           'write_scratch', 'train_reward_model']
 
 # %% ../nbs/17_experiments.ipynb #cell-3
 import multiprocessing
@@ -28,7 +29,8 @@ from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from .losses import OBJECTIVES
+from .analysis import win_logprob
+from .losses import OBJECTIVES, Objective
 from .model import load_reward_model, load_tokenizer, tiny_gpt2, train_tokenizer
 from .runs import encode_parts, run_arguments
 from .settings import Settings
@@ -235,11 +237,31 @@ def temperature(
 ) -> float:  # 1 where probabilities are right as they are
     "The factor by which margins must be multiplied for the least log-loss."
 
-    def loss(log_factor):
-        scaled = np.exp(log_factor) * margin
+    def loss(factor):
+        scaled = factor * margin
         return -(share * log_expit(scaled) + (1 - share) * log_expit(-scaled)).mean()
 
-    return float(np.exp(minimize_scalar(loss, bounds=(-4, 4), method="bounded").x))
+    return best_factor(loss)
+
+
+def best_factor(loss: Callable) -> float:
+    "The factor of least loss between e⁻⁴ and e⁴."
+    found = minimize_scalar(lambda power: loss(np.exp(power)), bounds=(-4, 4), method="bounded")
+    return float(np.exp(found.x))
+
+# %% ../nbs/17_experiments.ipynb #x
+def cross_fitted(
+    quantiles: np.ndarray,  # `[pairs, 2, N]`, chosen first
+    link: str = "mean",  # of `win_logprob`
+) -> np.ndarray:  # `[pairs]`
+    "Log probability that chosen wins, each half of the pairs with the other's temperature."
+    first = np.arange(len(quantiles)) % 2 == 0
+    log_win = np.empty(len(quantiles))
+    for half, other in ((first, ~first), (~first, first)):
+        seen = quantiles[other]
+        factor = best_factor(lambda factor, q=seen: -win_logprob(factor * q, link).mean())
+        log_win[half] = win_logprob(factor * quantiles[half], link)
+    return log_win
 
 # %% ../nbs/17_experiments.ipynb #cell-30
 def quiet(
@@ -312,16 +334,18 @@ def write_scratch(folder: Path, pairs: Dataset, settings: Settings):
 # %% ../nbs/17_experiments.ipynb #cell-40
 def train_reward_model(
     folder: Path,  # where the checkpoint goes
-    name: str,  # of an objective, in `OBJECTIVES`
+    recipe: str | tuple[Objective, int],  # one of `OBJECTIVES`, or its name
     start: Path,  # the language model to start from, with its tokenizer
     train: Dataset,  # encoded pairs to train on
     valid: Dataset,  # encoded pairs to choose the checkpoint by
     settings: Settings,  # epochs, learning rate, …
     seed: int = 0,  # of the head's weights and the order of pairs
     prepare: Callable | None = None,  # changes the model before it is trained
+    **kwargs,  # any field of `transformers.TrainingArguments`
 ) -> bool:  # whether it was trained now (or else taken up as finished)
-    "Train a reward model from a language model, with one of the `OBJECTIVES`."
-    tokenizer, (objective, n) = load_tokenizer(start), OBJECTIVES[name]
+    "Train a reward model from a language model, with an objective and its number of outputs."
+    tokenizer = load_tokenizer(start)
+    objective, n = OBJECTIVES[recipe] if isinstance(recipe, str) else recipe
     family = getattr(objective, "family", None)
     n = objective.n if family == "normal" else n
 
@@ -329,8 +353,8 @@ def train_reward_model(
         model = load_reward_model(start, tokenizer, n, seed, family=family)
         if prepare:
             prepare(model)
-        rate = dict(seed=seed, learning_rate=settings.learning_rate, disable_tqdm=True)
-        args = run_arguments(work, settings, len(train), settings.epochs, **rate)
+        said = dict(seed=seed, learning_rate=settings.learning_rate, disable_tqdm=True) | kwargs
+        args = run_arguments(work, settings, len(train), settings.epochs, **said)
         return PairTrainer(model, args, tokenizer, train, valid, objective)
 
     return train_to(folder, make)

@@ -99,7 +99,7 @@ class Settings:
         "how often to look for the best checkpoint", 20, demo=6, at_least=1
     )
 
-    n_quantiles: int = setting("quantiles of the quantile model", 10, at_least=2)
+    n_quantiles: int = setting("quantiles of the quantile model", 10, at_least=1)
     objective: str = setting(
         "quantile model: paper or distributional", "paper", choices=["paper", "distributional"]
     )
