@@ -114,3 +114,27 @@ def test_imports_without_the_tools_of_development():
 def test_chapters_make_the_docs():
     run_python("from nbdev.serve import proc_nbs; proc_nbs()")
     assert (ROOT / "_proc" / "00_data.ipynb").exists()
+
+
+def sources_of_citations():
+    "The prose and code of all notebooks but the references, the package and README."
+    for path in NOTEBOOKS:
+        if path.stem != "20_references":
+            cells = read_cells(path) + read_cells(path, "markdown")
+            yield "\n".join("".join(cell["source"]) for cell in cells)
+    for path in [*(ROOT / "qr_rlhf").glob("*.py"), ROOT / "README.md"]:
+        yield path.read_text(encoding="utf-8")
+
+
+ARXIV = re.compile(r"(?<![\d.])[12]\d(?:0[1-9]|1[0-2])\.\d{5}(?!\d)")
+AUTHOR_YEAR = re.compile(r"([A-Z][\w-]+)(?: et al\.)?,? \(?((?:19|20)\d\d)\b")
+
+
+def test_every_work_cited_stands_in_the_references():
+    cells = read_cells(ROOT / "nbs" / "20_references.ipynb", "markdown")
+    entries = "\n".join("".join(cell["source"]) for cell in cells).split("\n")
+    text = "\n".join(sources_of_citations())
+    cited = {(number,) for number in ARXIV.findall(text)} | set(AUTHOR_YEAR.findall(text))
+    assert {("2312.08358",), ("2503.22480",), ("Dabney", "2018"), ("Owen", "2007")} <= cited
+    unlisted = [work for work in cited if not any(all(x in e for x in work) for e in entries)]
+    assert not unlisted, f"add to nbs/20_references.ipynb: {unlisted}"
