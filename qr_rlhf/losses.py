@@ -108,7 +108,7 @@ class Objective:
 class PaperObjective(Objective):
     "Bradley–Terry plus weighted quantile Huber loss, the paper's open points as options."
 
-    target: str = "label"  # what the quantiles regress on: `label`, `shift` or `none`
+    target: str = "label"  # what the quantiles regress on: `label`, `shift`, `own` or `none`
     weight: float = 1.0  # weight of the quantile Huber loss
     kappa: float = 1.0  # κ of the quantile Huber loss
     chosen_label: float = 1.0  # `label`: target of the chosen response
@@ -135,13 +135,19 @@ class PaperObjective(Objective):
         preference = -self.log_win(chosen, rejected)
         if self.target == "none":
             return preference
+        return preference + self.weight * self.regression(chosen, rejected)
+
+    def regression(self, chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
+        "Quantile Huber loss, mean of both responses; `own`: of chosen alone. `[..., batch]`."
+        if self.target == "own":
+            mean = chosen.detach().mean(-1, keepdim=True)
+            return quantile_huber(chosen, mean, self.kappa)
         for_chosen, for_rejected = self.targets(chosen, rejected)
-        regression = quantile_huber(chosen, for_chosen, self.kappa)
-        regression = regression + quantile_huber(rejected, for_rejected, self.kappa)
-        return preference + self.weight * regression / 2
+        loss = quantile_huber(chosen, for_chosen, self.kappa)
+        return (loss + quantile_huber(rejected, for_rejected, self.kappa)) / 2
 
     def __post_init__(self):
-        check_choice("target", self.target, ("label", "shift", "none"))
+        check_choice("target", self.target, ("label", "shift", "own", "none"))
         check_choice("link", self.link, ("mean", "distributional"))
         if self.kappa < 0 or self.weight < 0:
             raise ValueError(

@@ -105,7 +105,7 @@ class Settings:
     )
     family: str = setting("distributional: normal quantiles or free ones", "normal")
     pool: float = setting("distributional, normal: weight of the variance of log s", 0.001)
-    target: str = setting("paper: quantiles regress on label, shift or none", "label")
+    target: str = setting("paper: quantiles regress on label, shift, own or none", "label")
     weight: float = setting("paper: of the quantile Huber loss", 1.0)
     kappa: float = setting("paper: of the quantile Huber loss; 0 is the pinball loss", 1.0)
     chosen_label: float = setting("target label: value for the chosen response", 1.0)

@@ -22,6 +22,7 @@ PAPER = [
     PaperObjective(),
     PaperObjective(target="shift"),
     PaperObjective(kappa=0.0),
+    PaperObjective(target="own"),
     PaperObjective(link="distributional"),
     PaperObjective(kappa=0.1, target="shift", link="distributional"),
 ]
@@ -71,6 +72,16 @@ def test_shift_target_holds_chosen_one_margin_above():
         return shift(chosen, rejected) - plain(chosen, rejected)
 
     assert regression(1) < regression(5)
+
+
+def test_own_target_pulls_the_chosen_quantiles_to_their_mean():
+    own, plain = PaperObjective(target="own", weight=10.0), PaperObjective(target="none")
+    chosen, rejected = pairs(own)
+    mean = chosen.mean(-1, keepdim=True)
+    total = plain(chosen, rejected) + 10 * quantile_huber(chosen, mean).mean()
+    assert torch.isclose(own(chosen, rejected), total)
+    equal = mean.expand_as(chosen)
+    assert torch.isclose(own(equal, rejected), plain(equal, rejected))
 
 
 def test_distributional_objective_uses_the_quantiles_of_the_family():

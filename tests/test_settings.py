@@ -69,7 +69,7 @@ def test_a_value_that_is_none_is_refused_by_name(name, given):
         (dict(n_eval=3), "n_eval: 3 is too small; the least is 12."),
         (dict(epochs=0), "epochs: 0.0 is too small"),
         (dict(lora_rank=0), "lora_rank: 0 is too small; the least is 1."),
-        (dict(target="labels"), "choose one of label, shift, none."),
+        (dict(target="labels"), "choose one of label, shift, own, none."),
         (dict(link="x"), "choose one of mean, distributional."),
         (dict(objective="both"), "choose one of paper, distributional."),
         (dict(objective="distributional", family="x"), "choose one of normal, free."),
