@@ -180,7 +180,7 @@ def outputs_of_responses(
         found.append(compute(model, prompt, chunk, pad_token_id).float().cpu())
     return torch.cat(found)[np.argsort(order)]
 
-# %% ../nbs/12_packing.ipynb #cell-22
+# %% ../nbs/12_packing.ipynb #36baf1e1
 def row_lengths(
     pairs: Dataset,  # encoded pairs
     shared: bool,  # whether a row holds the prompt once and both responses, or one sequence
@@ -192,7 +192,7 @@ def row_lengths(
     )
     return prompt + (chosen + rejected if shared else np.maximum(chosen, rejected))
 
-# %% ../nbs/12_packing.ipynb #cell-25
+# %% ../nbs/12_packing.ipynb #13128046
 def pair_batch(
     rows: list[dict],  # rows of `encode_pairs`
     shared: bool,  # whether a row holds the prompt once and both responses, or one sequence
