@@ -291,6 +291,6 @@ def check_objective(
         family = getattr(config, "quantile_family", None)
         raise ValueError(
             f"objective: {objective} reads outputs otherwise than the model, which has "
-            f"{config.num_labels} of the family {family!r}; load the model with the family "
-            "and the n of the objective, or leave the objective out."
+            f"{config.num_labels} outputs and the family {family!r}; load the model with the "
+            "family and the n of the objective, or leave the objective out."
         )

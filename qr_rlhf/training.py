@@ -113,7 +113,7 @@ def check_processes(
 ) -> None:
     "Raise `ValueError` where each of several processes would train alone."
     started = int(os.environ.get("WORLD_SIZE", 1))
-    if started > together:
+    if started != together:
         raise ValueError(
             f"processes: {started} were started, but each would train alone; take arguments "
             "from training_arguments, or give use_cpu=True where there is no GPU."
