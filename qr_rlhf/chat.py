@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['REASONS', 'between_turns', 'turn_end', 'own_turn', 'read_request', 'read_chat',
-           'read_reply', 'check_responses', 'check_turns', 'length_limit',
-           'check_fits']
+           'read_reply', 'check_responses', 'check_asked', 'check_turns',
+           'length_limit', 'check_fits']
 
 # %% ../nbs/21_chat.ipynb #cell-3
 import re
@@ -73,12 +73,14 @@ def read_request(
 ) -> tuple[str | list[dict], list]:  # both as `apply_template` takes them
     "Read a prompt and replies, each message as one turn; raises `ValueError` if it can't."
     check_responses(responses)
-    marked = isinstance(prompt, str) and bool(
-        TURN.search(check_dialogue(prompt, "prompt", "it"))
-    )
+    marked = isinstance(prompt, str) and bool(TURN.search(prompt))
+    if marked:
+        check_dialogue(prompt, "prompt", "it")
     asked = text_to_messages(OPEN.sub("", prompt)) if marked else read_chat(prompt, "prompt")
     texts = [read_reply(r, f"response {i}", marked) for i, r in enumerate(responses)]
-    check_turns(turn_end(tokenizer), asked, texts)
+    check_asked(asked)
+    if tokenizer.chat_template or not marked:
+        check_turns(turn_end(tokenizer), asked, texts)
     if tokenizer.chat_template:
         return asked, [[dict(role="assistant", content=t.removeprefix(" "))] for t in texts]
     text = prompt if marked else messages_to_text(asked)
@@ -90,8 +92,8 @@ def read_chat(
     where: str,  # for the error
 ) -> list[dict]:
     "Check messages, and join contents that are given in parts."
-    if isinstance(messages, str):
-        messages = [dict(role="user", content=messages)]
+    if isinstance(messages, str) and messages.strip():
+        messages = [dict(role="user", content=check_text(messages, where, "it"))]
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"{where}: {messages!r} is neither a text nor a list of messages.")
     try:
@@ -117,9 +119,8 @@ def read_reply(
 ) -> str:  # what follows that marker
     "Read one reply."
     if isinstance(reply, str):
-        return (
-            check_text(reply, where, "it") if marked else f" {check_text(reply, where, 'it')}"
-        )
+        text = check_text(reply, where, "it")
+        return text if marked else " " + text
     messages = read_chat(reply, where)
     if [message["role"] for message in messages] != ["assistant"]:
         raise ValueError(
@@ -137,13 +138,17 @@ def check_responses(responses: Sequence) -> None:
         raise ValueError("responses: the list is empty; give one reply or more.")
 
 
-def check_turns(end: re.Pattern, asked: list[dict], texts: list[str]) -> None:
-    "Raise `ValueError` unless the user asks, and each message is one turn."
-    if not asked or asked[-1]["role"] != "user" or not asked[-1]["content"].strip():
+def check_asked(asked: list[dict]) -> None:
+    "Raise `ValueError` unless the user asks."
+    if not asked or asked[-1]["role"] != "user":
         raise ValueError(
             "prompt: it doesn't end with words of the user, which a reply could answer; "
             "give the dialogue up to the user's last message."
         )
+
+
+def check_turns(end: re.Pattern, asked: list[dict], texts: list[str]) -> None:
+    "Raise `ValueError` unless each message is one turn."
     places = [("prompt", message["content"]) for message in asked]
     for where, text in places + [(f"response {i}", text) for i, text in enumerate(texts)]:
         if found := end.search(text):
@@ -155,8 +160,7 @@ def check_turns(end: re.Pattern, asked: list[dict], texts: list[str]) -> None:
 # %% ../nbs/21_chat.ipynb #cell-27
 def length_limit(
     config,  # of a model
-    max_length: int
-    | None = None,  # what is asked for; None: what it was trained on, or can take
+    max_length: int | None = None,  # what is asked for; None: the model's own limit
 ) -> int:  # most tokens in a sequence
     "How long a sequence may be; raises `ValueError` for more than the model has positions."
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
