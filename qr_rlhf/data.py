@@ -213,9 +213,12 @@ def split_ids(
 
 # %% ../nbs/00_data.ipynb #cell-43
 def shorter_prompts(
-    prompt: str,  # in HH-RLHF's form
-) -> list[str]:  # the prompt, then without its oldest turn, and so on
+    prompt: str | list[dict],  # in HH-RLHF's form, or messages
+) -> list:  # the prompt, then without its oldest turn, and so on
     "Leave out a prompt's turns one by one, the oldest first."
+    if isinstance(prompt, list):
+        system = prompt[: prompt[0]["role"] == "system"]
+        return [system + prompt[i:] for i in range(len(system), len(prompt))]
     system = system_text(prompt)
     turns = split_turns(prompt[len(system) :])
     if len(turns) > 1 and turns[-1] == MARKERS["assistant"]:
@@ -238,8 +241,8 @@ def sequence_ends(
 def encode_dialogue(
     tokenizer,  # a fast tokenizer of `transformers`
     ends: tuple[list[int], list[int]],  # from `sequence_ends`
-    prompt: str,  # in HH-RLHF's form
-    responses: list[str],  # that go on with it
+    prompt: str | list[dict],  # in HH-RLHF's form, or messages
+    responses: list[str] | list[list[dict]],  # that go on with it, in the same form
     max_length: int,  # most tokens in a sequence
 ) -> tuple[list[int], list[list[int]]]:  # ids of the prompt, cut if need be; of each response
     "Token ids of a prompt and its responses; raises `ValueError` if the template refuses them."

@@ -201,7 +201,7 @@ With `qr_rlhf`:
 ```python
 from qr_rlhf.model import load_reward_model, load_tokenizer, score
 tokenizer = load_tokenizer("<this folder>")
-model = load_reward_model("<this folder>", tokenizer, n={{ levels | length }})
+model = load_reward_model("<this folder>", tokenizer)
 responses = [" Because.", " No idea."]
 print(score(model, tokenizer, "\n\nHuman: Why?\n\nAssistant:", responses))  # a row a response
 ```
@@ -276,8 +276,8 @@ ADAPTER_CARD = """# A LoRA adapter of a reward model
 
 What it was trained on and for stands on the card of the merged model, in the folder above. The
 adapter alone is loaded with `qr_rlhf.large.load_adapter("<this folder>", tokenizer)`, where its
-base `{{ base_model_name_or_path }}` can be found: on the Hub, or as a folder, counted from the
-repository root (or, outside one, from where you are).
+base `{{ base_model_name_or_path }}` can be found: on the Hub, or as a folder, counted from one
+of the folders above this one, or from the working folder.
 """
 
 

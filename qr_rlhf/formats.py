@@ -79,9 +79,7 @@ def read_message(
         raise Dropped("system_inside")
     if content is None or isinstance(content, list):
         raise Dropped("not_text")
-    if TURN.search(check_text(content, where, "the content")):
-        raise Dropped("turn_marker")
-    return dict(role=role, content=content)
+    return dict(role=role, content=check_text(content, where, "the content"))
 
 # %% ../nbs/10_formats.ipynb #cell-24
 def join_parts(content: object) -> object:
@@ -128,9 +126,12 @@ def read_messages(
     where: str,  # file, line and field
 ) -> str:  # in HH-RLHF's form
     "Write a file's chat messages as text; raises as `read_message` does."
-    return messages_to_text(
-        [read_message(m, i == 0, f"{where}, message {i + 1}") for i, m in enumerate(messages)]
-    )
+    read = []
+    for i, message in enumerate(messages):
+        read.append(read_message(message, i == 0, f"{where}, message {i + 1}"))
+        if TURN.search(read[i]["content"]):
+            raise Dropped("turn_marker")
+    return messages_to_text(read)
 
 # %% ../nbs/10_formats.ipynb #cell-34
 SIDES = ("chosen", "rejected")
@@ -275,16 +276,20 @@ def read_text_side(text: str, prompt: str | None, plain: bool, where: str) -> st
 # %% ../nbs/10_formats.ipynb #cell-55
 def apply_template(
     tokenizer,  # with a chat template, or without one
-    prompt: str,  # in HH-RLHF's form
-    responses: list[str],  # that go on with it
+    prompt: str | list[dict],  # in HH-RLHF's form, or (with a template only) as messages
+    responses: list[str] | list[list[dict]],  # that go on with it, in the same form
 ) -> tuple[str, list[str]]:  # both as the model is to read them
     "Write a dialogue by the chat template, if there is one; raises `ValueError` if it can't."
     if not tokenizer.chat_template:
         return prompt, responses
-    check_turns(prompt)
-    closed = prompt.removesuffix(MARKERS["assistant"])
-    start = write_chat(tokenizer, closed, add_generation_prompt=closed != prompt)
-    wholes = [write_chat(tokenizer, prompt + response) for response in responses]
+    wholes, is_open = [prompt + response for response in responses], True
+    if isinstance(prompt, str):
+        check_turns(prompt)
+        closed = prompt.removesuffix(MARKERS["assistant"])
+        is_open = closed != prompt
+        prompt, *wholes = map(text_to_messages, [closed, *wholes])
+    start = write_chat(tokenizer, prompt, add_generation_prompt=is_open)
+    wholes = [write_chat(tokenizer, whole) for whole in wholes]
     if not all(whole.startswith(start) for whole in wholes):
         raise ValueError(
             "template: the tokenizer's chat template writes a prompt otherwise when a response "
@@ -294,12 +299,11 @@ def apply_template(
     return start, [whole.removeprefix(start) for whole in wholes]
 
 # %% ../nbs/10_formats.ipynb #cell-56
-def write_chat(tokenizer, text: str, **options) -> str:
-    "Write a dialogue by the chat template; raises `ValueError` if the template refuses it."
-    if not text:
+def write_chat(tokenizer, messages: list[dict], **options) -> str:
+    "Write messages by the chat template; raises `ValueError` if the template refuses them."
+    if not messages:
         return ""
     try:
-        messages = text_to_messages(text)
         return tokenizer.apply_chat_template(messages, tokenize=False, **options)
     except TemplateError as error:
         said = " ".join(str(error).split())[:200]

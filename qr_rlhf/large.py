@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['NF4', 'add_adapter', 'need', 'float32_head', 'trainable_model', 'check_trainable',
-           'load_adapter', 'merge_adapter', 'load_base', 'how_held', 'naming_base',
-           'keep_adapter', 'shorten_base', 'check_complete', 'plain_backbone',
-           'is_adapter', 'merge_language_model', 'embedding_rows', 'check_mergeable']
+           'load_adapter', 'merge_adapter', 'load_base', 'find_base', 'how_held',
+           'naming_base', 'keep_adapter', 'shorten_base', 'check_complete',
+           'plain_backbone', 'is_adapter', 'merge_language_model', 'embedding_rows',
+           'check_mergeable']
 
 # %% ../nbs/14_large.ipynb #cell-3
 import importlib
@@ -67,27 +68,29 @@ NF4 = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_qua
 def trainable_model(
     name: str | Path,  # folder or id on the Hub
     tokenizer,  # its tokenizer, from `load_tokenizer`
-    n: int,  # number of outputs
+    n: int | None = None,  # quantiles of a new head
     seed: int = 0,  # of the new weights
     dropout: float | None = None,  # of every dropout layer; None keeps the backbone's own
     family: str | None = None,  # how outputs are read, as in `load_reward_model`
     lora_rank: int | None = None,  # of a LoRA adapter; None: train all weights
     load_in_4bit: bool | None = None,  # hold the frozen backbone in 4 bits
     precision: str = "float32",  # or `bfloat16`
+    max_length: int | None = None,  # tokens in a sequence, as in `load_reward_model`
 ):  # a reward model, ready for `PairTrainer`
     "Load a reward model to train, whole or by an adapter; `ValueError` for 4 bits alone."
     check_trainable(lora_rank, load_in_4bit)
+    load = partial(load_reward_model, name, tokenizer, n, seed, dropout, family, max_length)
     if not lora_rank:
-        return load_reward_model(name, tokenizer, n, seed, dropout, family)
+        return load()
     held = dict(dtype=torch.bfloat16 if precision == "bfloat16" else torch.float32)
     if load_in_4bit:
         need("bitsandbytes")
         held["quantization_config"] = BitsAndBytesConfig(
             bnb_4bit_compute_dtype=held["dtype"], **NF4
         )
-    model = load_reward_model(name, tokenizer, n, seed, dropout, family, **held)
-    model = add_adapter(model, lora_rank)
-    base = root_path(name) if root_path(name).is_dir() else name
+    model = add_adapter(load(**held), lora_rank)
+    folder = Path(name).expanduser()
+    base = folder.resolve() if folder.is_dir() else name
     model.peft_config["default"].base_model_name_or_path = str(base)
     # the only row that may have been added to the embeddings is padding's
     model.save_pretrained = partial(model.save_pretrained, save_embedding_layers=False)
@@ -107,7 +110,7 @@ def load_adapter(
     tokenizer,  # its tokenizer
 ):  # a `PeftModel`
     "Load a reward model as base and adapter."
-    folder = root_path(folder)
+    folder = Path(folder).expanduser()
     model, _ = load_base(folder, tokenizer, for_merging=False)
     model = need("peft").PeftModel.from_pretrained(model, folder)
     float32_head(model)
@@ -119,7 +122,7 @@ def merge_adapter(
     tokenizer,  # its tokenizer
 ) -> PreTrainedModel:  # an ordinary `AutoModelForSequenceClassification`
     "Load a reward model with its adapter merged into its weights."
-    folder = root_path(folder)
+    folder = Path(folder).expanduser()
     model, config = load_base(folder, tokenizer, for_merging=True)
     model = need("peft").PeftModel.from_pretrained(model, folder)
     return model.merge_and_unload().to(config.dtype).eval()
@@ -132,7 +135,7 @@ def load_base(
 ) -> tuple[PreTrainedModel, AutoConfig]:  # without its adapter; the configuration beside it
     "Load what an adapter was trained on; raises `ValueError` where it can't be had."
     config = AutoConfig.from_pretrained(folder)
-    base = need("peft").PeftConfig.from_pretrained(folder).base_model_name_or_path
+    base = find_base(folder, need("peft").PeftConfig.from_pretrained(folder))
     n, family, held = len(config.quantile_levels), config.quantile_family, how_held(config)
     packed = "quantization_config" in held
     if for_merging:
@@ -142,9 +145,19 @@ def load_base(
     if for_merging and packed:
         model = model.dequantize().float()
     find_head(model).float()  # the head that was trained was
+    for name in ("quantile_link", "reward_max_length"):
+        if hasattr(config, name):
+            setattr(model.config, name, getattr(config, name))
     return model, config
 
 # %% ../nbs/14_large.ipynb #cell-23
+def find_base(adapter: Path, config) -> str | Path:
+    "The base that an adapter names: its folder, counted from one above, or else the name."
+    name = config.base_model_name_or_path
+    places = [folder / name for folder in adapter.resolve().parents]
+    return next((place for place in places if place.is_dir()), name)
+
+
 def how_held(config: AutoConfig) -> dict:
     "How a base was held beside its adapter, as arguments of `from_pretrained`."
     packed = getattr(config, "quantization_config", None)
@@ -187,7 +200,7 @@ def keep_adapter(
 def shorten_base(adapter: Path, base: Path):
     "Name a base within the project by its path from the repository root."
     root, settings = root_path("."), adapter / "adapter_config.json"
-    if base.is_relative_to(root):
+    if base.is_relative_to(root) and adapter.resolve().is_relative_to(root):
         name = dict(base_model_name_or_path=str(base.relative_to(root)))
         settings.write_text(json.dumps(json.loads(settings.read_text()) | name, indent=2))
 
@@ -222,7 +235,7 @@ def is_adapter(
     name: str | Path,  # folder or id on the Hub
 ) -> bool:  # whether it holds an adapter and no model of its own
     "Tell an adapter from a model; what can't be found is no adapter."
-    folder = root_path(name)
+    folder = Path(name).expanduser()
     if folder.is_dir():
         has_model = any(folder.glob("model*.safetensors"))
         return (folder / "adapter_config.json").exists() and not has_model
@@ -241,11 +254,11 @@ def merge_language_model(
     name: str | Path,  # folder or id on the Hub of an adapter
 ) -> tuple:  # the merged model and its tokenizer
     "Load a language model with its adapter merged into its weights."
-    folder = root_path(name)
+    folder = Path(name).expanduser()
     adapter = folder if folder.is_dir() else Path(local_or_hub(snapshot_download, name))
     config = need("peft").PeftConfig.from_pretrained(adapter)
     check_mergeable(name, adapter, config.task_type)
-    load, base = AutoModelForCausalLM.from_pretrained, config.base_model_name_or_path
+    load, base = AutoModelForCausalLM.from_pretrained, find_base(adapter, config)
     with naming_base(f"backbone: {name} is an adapter, and its base"):
         model = local_or_hub(load, base, use_safetensors=True)
     if rows := embedding_rows(adapter):

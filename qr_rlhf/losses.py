@@ -6,7 +6,7 @@
 __all__ = ['OBJECTIVES', 'bradley_terry', 'distributional_bradley_terry', 'rho',
            'quantile_huber', 'Objective', 'PaperObjective', 'check_choice',
            'DistributionalObjective', 'difference_scale', 'PURM', 'NormalDPL',
-           'CategoricalDPL']
+           'CategoricalDPL', 'usual_objective', 'check_objective']
 
 # %% ../nbs/02_losses.ipynb #cell-3
 import math
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.nn.functional import huber_loss, logsigmoid, pad
 
-from .model import normal_quantiles, quantile_levels
+from .model import normal_quantiles, quantile_levels, read_link, read_quantiles
 
 # %% ../nbs/02_losses.ipynb #cell-6
 def bradley_terry(
@@ -63,6 +63,8 @@ def quantile_huber(
 # %% ../nbs/02_losses.ipynb #cell-26
 class Objective:
     "What the outputs of a reward model mean, and what pairs cost."
+
+    link = None  # `mean` or `distributional`, where a pair's chance follows from quantiles
 
     def quantiles(self, outputs: torch.Tensor) -> torch.Tensor:
         "The predicted quantiles: `[..., outputs]` to `[..., N]`."
@@ -172,6 +174,7 @@ class DistributionalObjective(Objective):
     family: str = "normal"  # `normal`: outputs are μ, log s; `free`: the quantiles in any order
     pool: float = 0.001  # weight of the variance of log s over a batch
     n: int = 10  # quantiles, N
+    link = "distributional"
 
     def quantiles(self, outputs: torch.Tensor) -> torch.Tensor:
         "The predicted quantiles in order, `[..., N]`."
@@ -206,6 +209,7 @@ class PURM(Objective):
     "Normal rewards (outputs μ, log σ) and unit logistic noise: PURM (arXiv 2503.22480)."
 
     n: int = 10  # quantiles to read
+    family, link = "normal", "distributional"
 
     def quantiles(self, outputs: torch.Tensor) -> torch.Tensor:
         "The predicted quantiles, `[..., N]`."
@@ -223,6 +227,8 @@ class PURM(Objective):
 @dataclass(frozen=True)
 class NormalDPL(PURM):
     "Normal rewards (outputs μ, log σ), no further noise: DPL, first form (arXiv 2312.08358)."
+
+    link = None  # without noise it is neither
 
     def log_win(self, chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
         "log Φ((μ_c − μ_r)/√(σ_c² + σ_r²)): log probability that chosen wins, `[..., batch]`."
@@ -263,3 +269,34 @@ OBJECTIVES = {  # name → (objective, number of outputs)
     "dpl_normal": (NormalDPL(), 2),
     "dpl_categorical": (CategoricalDPL(), 10),
 }
+
+# %% ../nbs/02_losses.ipynb #cell-s80-1
+def usual_objective(
+    config,  # of a reward model
+) -> Objective:
+    "What a reward model learns where no objective is named."
+    family = getattr(config, "quantile_family", None)
+    if family:
+        return DistributionalObjective(family, n=len(config.quantile_levels))
+    if config.num_labels == 1:
+        return PaperObjective(target="none")
+    return PaperObjective(link=read_link(config))
+
+
+def check_objective(
+    objective: Objective,
+    config,  # of the reward model that is to learn it
+) -> None:
+    "Raise `ValueError` where objective and configuration read outputs differently."
+    outputs = torch.linspace(1, -1, config.num_labels)
+    try:
+        fits = torch.equal(objective.quantiles(outputs), read_quantiles(outputs, config))
+    except (ValueError, IndexError, RuntimeError):  # another number of outputs
+        fits = False
+    if not fits:
+        family = getattr(config, "quantile_family", None)
+        raise ValueError(
+            f"objective: {objective} reads outputs otherwise than the model, which has "
+            f"{config.num_labels} outputs and the family {family!r}; load the model with the "
+            "family and the n of the objective, or leave the objective out."
+        )

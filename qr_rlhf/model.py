@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['quantile_levels', 'interpolate_quantile', 'cvar_weights', 'check_tail',
-           'RewardDistribution', 'check_level', 'local_or_hub', 'load_tokenizer',
-           'check_tokenizer', 'train_tokenizer', 'tiny_gpt2', 'load_reward_model',
-           'check_outputs', 'set_dropout', 'score', 'dialogue_text', 'check_fits',
-           'read_quantiles', 'normal_quantiles', 'to_scalar', 'output_weights']
+           'RewardDistribution', 'check_level', 'check_link', 'local_or_hub',
+           'load_tokenizer', 'check_tokenizer', 'train_tokenizer', 'tiny_gpt2',
+           'load_reward_model', 'choose_head', 'set_dropout', 'score',
+           'read_quantiles', 'read_link', 'normal_quantiles', 'to_scalar',
+           'output_weights']
 
 # %% ../nbs/01_model.ipynb #cell-3
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,10 +31,9 @@ from transformers import (
     set_seed,
 )
 
+from .chat import check_fits, length_limit, read_request
 from .data import encode_dialogue, sequence_ends, special_ids
-from .formats import MARKERS, messages_to_text
-from .packing import find_head, packed_outputs, separate_outputs, shares_prompt
-from .sources import root_path
+from .packing import find_head, outputs_of_responses
 
 # %% ../nbs/01_model.ipynb #cell-7
 def quantile_levels(
@@ -75,13 +75,14 @@ class RewardDistribution:
     "Reward distributions, each given by N equally likely quantiles, ordered by level."
 
     quantiles: torch.Tensor  # `[..., N]`, at the levels `quantile_levels(N)`
+    link: str | None = None  # of the model (`read_link`), for `prob_beats`
 
     def mean(self) -> torch.Tensor:
         "Mean reward, `[...]`."
         return self.quantiles.mean(-1)
 
     def quantile(self, level: float) -> torch.Tensor:
-        "Quantile at any level between the lowest and the highest, `[...]`."
+        "Quantile at any level between the lowest and the highest, `[...]`; sorts nothing."
         check_level(level, self.quantiles.shape[-1])
         return interpolate_quantile(self.quantiles, level)
 
@@ -90,12 +91,15 @@ class RewardDistribution:
         return self.quantile(high) - self.quantile(low)
 
     def cvar(self, alpha: float) -> torch.Tensor:
-        "Conditional value at risk: mean of the lowest share `alpha` of rewards, `[...]`."
+        "Mean of the lowest levels, a share `alpha` of all, `[...]`; sorts nothing."
         weights = torch.tensor(cvar_weights(self.quantiles.shape[-1], alpha))
         return self.quantiles @ weights.to(self.quantiles)
 
     def prob_beats(self, other: "RewardDistribution") -> torch.Tensor:
-        "Probability of being preferred, `[...]`: mean of σ(q_i − q_j) over N × N quantiles."
+        "Probability of being preferred, `[...]`, by the link that the model was trained with."
+        check_link(self.link, other.link)
+        if self.link == "mean":
+            return torch.sigmoid(self.mean() - other.mean())
         differences = self.quantiles[..., :, None] - other.quantiles[..., None, :]
         return torch.sigmoid(differences).mean((-2, -1))
 
@@ -105,7 +109,7 @@ class RewardDistribution:
 
     def rearranged(self) -> "RewardDistribution":
         "The same values in increasing order (Chernozhukov, Fernández-Val, Galichon 2010)."
-        return RewardDistribution(self.quantiles.sort(-1).values)
+        return replace(self, quantiles=self.quantiles.sort(-1).values)
 
 # %% ../nbs/01_model.ipynb #cell-20
 def check_level(level, n):
@@ -115,14 +119,22 @@ def check_level(level, n):
             f"level: {level} is outside the {n} predicted levels, {low:g} to {high:g}."
         )
 
+
+def check_link(link, other):
+    if link not in ("mean", "distributional") or link != other:
+        raise ValueError(
+            f"link: {link!r} and {other!r} were given, but prob_beats needs the model's, as in "
+            "RewardDistribution(quantiles, read_link(model.config))."
+        )
+
 # %% ../nbs/01_model.ipynb #cell-28
 def local_or_hub(
     load: Callable,  # a `from_pretrained`
-    name: str | Path,  # folder (relative to the repository root) or id on the Hub
+    name: str | Path,  # folder or id on the Hub
     **kwargs,  # passed on
 ):  # what `load` returns
     "Load from a folder, the cache or the Hub; raises `ValueError` if none of them has it."
-    folder = root_path(name)
+    folder = Path(name).expanduser()
     local = dict(local_files_only=True)
     if hasattr(getattr(load, "__self__", None), "_model_mapping"):  # a model
         local["adapter_kwargs"] = dict(local)  # where peft is, it looks for adapters, too
@@ -192,27 +204,27 @@ def tiny_gpt2(
 ) -> GPT2LMHeadModel:  # with random weights and no dropout: it sees its text a few times only
     "Make a GPT-2 of any size from scratch."
     set_seed(seed)
-    end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    end = tokenizer.eos_token_id
     sizes = dict(n_positions=max_length, n_layer=n_layer, n_embd=n_embd, n_head=n_head)
     dropout = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-    special = dict(bos_token_id=end, eos_token_id=end, pad_token_id=pad)
+    special = dict(bos_token_id=end, eos_token_id=end, pad_token_id=tokenizer.pad_token_id)
     return GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **sizes, **dropout, **special))
 
 # %% ../nbs/01_model.ipynb #cell-44
 def load_reward_model(
     name: str | Path,  # folder or id on the Hub: a backbone, or a reward model with n quantiles
     tokenizer,  # its tokenizer, from `load_tokenizer`
-    n: int,  # number of quantiles: 1 for a scalar model, 10 in the paper
+    n: int | None = None,  # quantiles of a new head: 1 for a scalar model, 10 in the paper
     seed: int = 0,  # of the new head's weights
     dropout: float | None = None,  # of every dropout layer; None keeps the backbone's own
-    family: str | None = None,  # `normal`, `free` (`read_quantiles`); None: the checkpoint's
+    family: str | None = None,  # of a new head: `normal`, `free` (`read_quantiles`) or None
+    max_length: int | None = None,  # tokens in a sequence it is trained on; None: all it takes
     **kwargs,  # for `from_pretrained`, such as `dtype` or `device_map`
 ) -> PreTrainedModel:  # an `AutoModelForSequenceClassification`
-    "Load a backbone with a head of n outputs (two for the family `normal`)."
+    "Load a reward model, or a backbone with a new head (two outputs for the family `normal`)."
     set_seed(seed)
     config = local_or_hub(AutoConfig.from_pretrained, name)
-    family = family or getattr(config, "quantile_family", None)
-    check_outputs(config, name, n, family)
+    n, family = choose_head(config, name, n, family)
     load = AutoModelForSequenceClassification.from_pretrained
     outputs = 2 if family == "normal" else n
     kwargs = dict(dtype=torch.float32) | kwargs
@@ -223,16 +235,30 @@ def load_reward_model(
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     model.config.quantile_levels = quantile_levels(n)
     model.config.quantile_family = family
+    if max_length:
+        model.config.reward_max_length = length_limit(config, max_length)
     if dropout is not None:
         set_dropout(model, dropout)
     return model
 
 # %% ../nbs/01_model.ipynb #cell-45
-def check_outputs(config, name, n, family):
-    trained = len(getattr(config, "quantile_levels", [])) or n
-    if trained != n and family != "normal":
-        problem = f"{n} outputs were asked for, but {name} is a reward model with {trained}"
-        raise ValueError(f"n: {problem}; give n={trained}.")
+def choose_head(config, name, n, family):
+    "Number and family of the quantiles: a reward model's own, or else what is asked for."
+    levels, kinds = getattr(config, "quantile_levels", None), config.architectures or [""]
+    if levels or kinds[0].endswith("ForSequenceClassification"):
+        own = len(levels or range(config.num_labels)), getattr(config, "quantile_family", None)
+        if (own[0] if n is None else n, family or own[1]) != own:
+            raise ValueError(
+                f"n, family: {n} and {family!r} were given, but {name} is a reward model with "
+                f"{own[0]} and {own[1]!r}; leave n and family out."
+            )
+        return own
+    if n is None or n < 1:
+        problem = f"n: {n} was given, but {name} has no head yet"
+        raise ValueError(f"{problem}; say how many quantiles it gets, such as n=10.")
+    if family not in (None, "normal", "free"):
+        raise ValueError(f"family: {family!r} is unknown; choose normal or free, or none.")
+    return n, family
 
 
 def set_dropout(model, dropout):
@@ -248,47 +274,18 @@ def set_dropout(model, dropout):
 def score(
     model: PreTrainedModel,  # a reward model
     tokenizer,  # its tokenizer
-    prompt: str | list[dict],  # a dialogue up to the reply in HH-RLHF's form, or chat messages
-    responses: list[str | list[dict]],  # replies: text, or messages if the prompt is
+    prompt: str | list[dict],  # plain words, a dialogue in HH-RLHF's form, or chat messages
+    responses: list[str | list[dict]],  # replies: text, or one message each
     max_length: int | None = None,  # most tokens in a sequence; None: the model's own limit
     row_tokens: int = 1024,  # most response tokens that are computed together
 ) -> torch.Tensor:  # quantiles `[responses, N]`, float32
-    "Score responses to one prompt; raises `ValueError` for a response that doesn't fit."
-    if not isinstance(prompt, str):
-        prompt, responses = dialogue_text(prompt, responses)
-    model.eval()
-    limit = max_length or model.config.get_text_config().max_position_embeddings
+    "Score responses to one prompt; raises `ValueError` for what can't be read or doesn't fit."
+    prompt, responses = read_request(tokenizer, prompt, responses)
+    limit = length_limit(model.config, max_length)
     start, ids = encode_dialogue(tokenizer, sequence_ends(tokenizer), prompt, responses, limit)
-    lengths = [len(response) for response in ids]
-    check_fits(len(start), lengths, limit)
-    shared = shares_prompt(model, tokenizer.pad_token_id, len(start) + max(lengths))
-    compute = packed_outputs if shared else separate_outputs
-    order = np.argsort(lengths)  # the shortest first
-    parts = np.cumsum(np.take(lengths, order)) // row_tokens
-    found = []
-    for part in np.unique(parts):
-        chunk = [ids[i] for i in order[parts == part]]
-        found.append(compute(model, start, chunk, tokenizer.pad_token_id).float().cpu())
-    return read_quantiles(torch.cat(found)[np.argsort(order)], model.config)
-
-# %% ../nbs/01_model.ipynb #cell-54
-def dialogue_text(prompt, responses):
-    "Chat messages in HH-RLHF's form."
-    marker = MARKERS["assistant"]
-    texts = []
-    for reply in responses:
-        turns = [dict(role="assistant", content=reply)] if isinstance(reply, str) else reply
-        texts.append(messages_to_text(turns).removeprefix(marker))
-    return messages_to_text(prompt) + marker, texts
-
-# %% ../nbs/01_model.ipynb #cell-55
-def check_fits(start, lengths, limit):
-    longest = max(lengths)
-    if start + longest > limit:
-        raise ValueError(
-            f"responses: response {int(np.argmax(lengths))} has {longest} tokens "
-            f"with its end token, but a sequence may have {limit}; leave it out."
-        )
+    check_fits(len(start), [len(response) for response in ids], limit)
+    outputs = outputs_of_responses(model.eval(), start, ids, tokenizer.pad_token_id, row_tokens)
+    return read_quantiles(outputs, model.config)
 
 # %% ../nbs/01_model.ipynb #cell-57
 def read_quantiles(
@@ -300,6 +297,14 @@ def read_quantiles(
     if family == "normal":
         return normal_quantiles(outputs, len(config.quantile_levels))
     return outputs.sort(-1).values if family == "free" else outputs
+
+# %% ../nbs/01_model.ipynb #cell-s57-0
+def read_link(
+    config,  # of a reward model
+) -> str | None:  # `mean` or `distributional`
+    "How the model's quantiles become the chance of being preferred, as it was trained."
+    usual = "distributional" if getattr(config, "quantile_family", None) else "mean"
+    return getattr(config, "quantile_link", usual)
 
 # %% ../nbs/01_model.ipynb #cell-58
 def normal_quantiles(
@@ -326,6 +331,7 @@ def to_scalar(
         setattr(head, name, torch.nn.Parameter(folded))
     head.out_features = model.num_labels = model.config.num_labels = 1
     model.config.quantile_levels, model.config.quantile_family = quantile_levels(1), None
+    model.config.quantile_link = "mean"
     return model
 
 # %% ../nbs/01_model.ipynb #cell-69

@@ -5,15 +5,19 @@
 # %% auto #0
 __all__ = ['pack_row', 'collate_shared', 'shared_mask', 'find_head', 'reading_at',
            'shared_quantiles', 'separate_outputs', 'packed_outputs', 'probe_row',
-           'shares_prompt']
+           'shares_prompt', 'outputs_of_responses', 'row_lengths', 'pair_batch',
+           'check_lengths', 'can_share']
 
 # %% ../nbs/12_packing.ipynb #cell-3
 from contextlib import contextmanager
 
+import numpy as np
 import torch
+from datasets import Dataset
 from transformers import PreTrainedModel
 
-from .data import collate_sequences, pad_rows
+from .chat import length_limit
+from .data import collate_pairs, collate_sequences, pad_rows
 
 # %% ../nbs/12_packing.ipynb #cell-8
 def pack_row(
@@ -155,3 +159,78 @@ def shares_prompt(
         return False  # it can't take such a row at all
     finally:
         model.train(training)
+
+# %% ../nbs/12_packing.ipynb #cell-sp1
+def outputs_of_responses(
+    model: PreTrainedModel,  # a reward model
+    prompt: list[int],  # token ids
+    responses: list[list[int]],  # token ids of K responses
+    pad_token_id: int,  # the padding token
+    row_tokens: int,  # most response tokens that are computed together
+) -> torch.Tensor:  # `[K, N]`, float32, on the CPU
+    "A model's outputs for many responses to a prompt, in one row if the model allows it."
+    lengths = [len(response) for response in responses]
+    shared = shares_prompt(model, pad_token_id, len(prompt) + max(lengths))
+    compute = packed_outputs if shared else separate_outputs
+    order = np.argsort(lengths)  # the shortest first
+    parts = np.cumsum(np.take(lengths, order)) // row_tokens
+    found = []
+    for part in np.unique(parts):
+        chunk = [responses[i] for i in order[parts == part]]
+        found.append(compute(model, prompt, chunk, pad_token_id).float().cpu())
+    return torch.cat(found)[np.argsort(order)]
+
+# %% ../nbs/12_packing.ipynb #36baf1e1
+def row_lengths(
+    pairs: Dataset,  # encoded pairs
+    shared: bool,  # whether a row holds the prompt once and both responses, or one sequence
+) -> np.ndarray:  # tokens that each pair's (longer) row takes
+    "Lengths of the rows that pairs become."
+    prompt, chosen, rejected = (
+        np.array([len(ids) for ids in pairs[column]])
+        for column in ("prompt_ids", "chosen_ids", "rejected_ids")
+    )
+    return prompt + (chosen + rejected if shared else np.maximum(chosen, rejected))
+
+# %% ../nbs/12_packing.ipynb #13128046
+def pair_batch(
+    rows: list[dict],  # rows of `encode_pairs`
+    shared: bool,  # whether a row holds the prompt once and both responses, or one sequence
+    pad_token_id: int,  # the padding token
+) -> dict[str, torch.Tensor]:  # what the model is given, and `share` where there are votes
+    "Make a batch of pairs."
+    if shared:
+        packed = [(row["prompt_ids"], [row["chosen_ids"], row["rejected_ids"]]) for row in rows]
+        batch = collate_shared(packed, pad_token_id)
+    else:
+        batch = collate_pairs(rows, pad_token_id)
+    if "share" in rows[0]:
+        batch["share"] = torch.tensor([row["share"] for row in rows])
+    return batch
+
+# %% ../nbs/12_packing.ipynb #cell-sp8
+def check_lengths(
+    config,  # of a reward model
+    *tables: Dataset | None,  # encoded pairs that will come
+) -> None:
+    "Raise `ValueError` for pairs that are longer than the model has positions."
+    for pairs in tables:
+        if pairs is not None:
+            length_limit(config, int(row_lengths(pairs, shared=False).max()))
+
+
+def can_share(
+    model: PreTrainedModel,  # a reward model
+    pad_token_id: int,  # the padding token
+    *tables: Dataset | None,  # encoded pairs that will come
+) -> bool:  # whether both ways give the same quantiles
+    "Whether a model computes the same when a prompt is shared; says so if it doesn't."
+    given = [pairs for pairs in tables if pairs is not None]
+    longest = max(row_lengths(pairs, shared=False).max() for pairs in given)
+    shared = shares_prompt(model, pad_token_id, int(longest))
+    if not shared:
+        print(
+            f"{type(model).__name__} does not compute the same when a prompt is shared: "
+            "each prompt is computed twice."
+        )
+    return shared

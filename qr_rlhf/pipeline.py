@@ -34,7 +34,7 @@ from .large import keep_adapter, plain_backbone
 from .model import load_tokenizer, quantile_levels, tiny_gpt2, train_tokenizer
 from .runs import open_run, reward_trainer, run_arguments, versions, write_whole
 from .settings import Settings
-from .sources import WORKLOADS, hub_id, root_path
+from .sources import WORKLOADS, from_root, hub_id, root_path
 from .synthetic import World
 from .training import rewards_table, score_pairs, train_to, warm_up_trainer
 from .uncertainty import explained, spread
@@ -87,7 +87,7 @@ def begin_run(
 ) -> Run:  # its pairs have the columns `prompt, chosen, rejected`
     "Read a run's pairs and take hold of its folder; raises `ValueError` where it can't."
     name, synthetic = name or settings.workload, settings.data == "synthetic"
-    source = World(judges=settings.judges) if synthetic else settings.data
+    source = World(judges=settings.judges) if synthetic else from_root(settings.data)
     choice = dict(subsets=settings.subsets, splits=settings.splits)
     read = partial(load_pairs, source, settings.workload, **choice)
     train, dropped = read("train", n=settings.n_train)
@@ -117,7 +117,7 @@ def add_backbone(run: Run):
     if run.settings.backbone == "scratch":
         make_backbone(run)
     else:
-        run.start = plain_backbone(run.settings.backbone, run.folder / "backbone")
+        run.start = plain_backbone(from_root(run.settings.backbone), run.folder / "backbone")
     run.tokenizer = load_tokenizer(run.start)
     for part, pairs in run.pairs.items():
         run.pairs[part], lost = encode_pairs(pairs, run.tokenizer, run.settings.max_length)

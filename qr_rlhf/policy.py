@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from .chat import own_turn, turn_end
 from .export import ending_tokenizer, export_card, write_card
 from .model import RewardDistribution, cvar_weights, score, to_scalar
 
@@ -101,9 +102,10 @@ def reward_function(
     model: PreTrainedModel,  # a reward model
     tokenizer,  # its tokenizer
     measure: RiskMeasure,  # what is read from its distributions
-    max_length: int | None = None,  # most tokens in a sequence; None: the model's positions
+    max_length: int | None = None,  # most tokens in a sequence; None: the model's own limit
 ) -> Callable:  # `f(prompts, completions, **kwargs) -> list[float]`
     "Make a reward function for TRL; it raises `ValueError` for a completion that doesn't fit."
+    end = turn_end(tokenizer)
 
     def reward(prompts, completions, **kwargs):
         same = {}  # prompt → where it stands
@@ -111,8 +113,8 @@ def reward_function(
             same.setdefault(json.dumps(prompt), []).append(i)  # a text, or chat messages
         rewards = [None] * len(prompts)
         for places in same.values():
-            asked, replies = prompts[places[0]], [completions[i] for i in places]
-            quantiles = score(model, tokenizer, asked, replies, max_length)
+            replies = [own_turn(completions[i], end) for i in places]
+            quantiles = score(model, tokenizer, prompts[places[0]], replies, max_length)
             values = measure(RewardDistribution(quantiles)).tolist()
             for i, value in zip(places, values, strict=True):
                 rewards[i] = value

@@ -30,10 +30,9 @@ from transformers import TrainingArguments
 
 from .data import data_hash, encode_pairs, load_pairs, split_validation
 from .large import keep_adapter, plain_backbone, trainable_model
-from .losses import PaperObjective
 from .model import load_tokenizer
 from .settings import Settings, make_settings, parameters
-from .sources import root_path
+from .sources import from_root, root_path
 from .training import PairTrainer, train_to, training_arguments
 
 # %% ../nbs/15_runs.ipynb #cell-6
@@ -121,11 +120,6 @@ def run_arguments(
     "Make `TrainingArguments` as a run's settings say."
     processes = int(os.environ.get("WORLD_SIZE", 1))
     steps = math.ceil(epochs * math.ceil(pairs / (settings.batch_size * processes)))
-    if settings.warmup_steps >= steps:
-        print(
-            f"warmup_steps: all {steps} steps of this training are warm-up, "
-            "so that the learning rate never reaches its peak; give fewer."
-        )
     if settings.gradient_checkpointing and not sharded():  # FSDP's configuration has its own
         kwargs = dict(gradient_checkpointing=True) | kwargs
     same = ("lr_scheduler_type", "warmup_steps", "precision")
@@ -133,7 +127,6 @@ def run_arguments(
         work,
         steps,
         settings.evaluations,
-        num_train_epochs=epochs,
         per_device_train_batch_size=settings.batch_size,
         **{name: getattr(settings, name) for name in same},
         **kwargs,
@@ -155,7 +148,7 @@ def reward_trainer(
     valid: Dataset,  # encoded pairs to choose the checkpoint by
 ) -> PairTrainer:
     "Make the trainer of one reward model of a run."
-    n, objective = 1, PaperObjective(target="none")
+    n, objective = 1, None
     if model == "quantile":
         n, objective = settings.n_quantiles, settings.make_objective()
     if sharded() and settings.lora_rank:
@@ -164,7 +157,7 @@ def reward_trainer(
             "launch without --config_file, so that each device "
             "holds the frozen backbone, or leave lora_rank out."
         )
-    same = ("dropout", "lora_rank", "load_in_4bit", "precision")
+    same = ("dropout", "lora_rank", "load_in_4bit", "precision", "max_length")
     how = {name: getattr(settings, name) for name in same}
     family = getattr(objective, "family", None)
     loaded = trainable_model(start, tokenizer, n, seed, family=family, **how)
@@ -192,14 +185,14 @@ def launch(
         os.environ["ACCELERATE_USE_CPU"] = "true"  # or else processes on CPUs don't meet
     state, folder = PartialState(cpu=cpu), root_path("runs") / (name or settings.workload)
     which = dict(subsets=settings.subsets, splits=settings.splits)
-    read = partial(load_pairs, settings.data, settings.workload, **which)
+    read = partial(load_pairs, from_root(settings.data), settings.workload, **which)
     with state.main_process_first():
         pairs, _ = read("train", n=settings.n_train)
         evaluation, _ = read("test", n=settings.n_eval)
         if state.is_main_process:
             also = dict(data_hash=data_hash(pairs, evaluation), versions=versions())
             lock = open_run(folder, dataclasses.asdict(settings) | also)
-        start = plain_backbone(settings.backbone, folder / "backbone")
+        start = plain_backbone(from_root(settings.backbone), folder / "backbone")
     tokenizer = load_tokenizer(start)
     train, valid = encode_parts(pairs, tokenizer, settings)
     parts = dict(start=start, tokenizer=tokenizer, train=train, valid=valid)

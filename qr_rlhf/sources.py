@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['ENDINGS', 'COLUMNS', 'Rows', 'WORKLOADS', 'read_file', 'number_rows',
-           'read_parquet', 'read_bytes', 'read_json', 'root_path', 'in_hh_layout',
-           'file_names', 'subset_file', 'folder_splits', 'choose_split', 'reach_hub',
-           'hub_file', 'cached_dataset', 'hub_in_hh_layout', 'hub_rows', 'find_rows',
-           'check_path', 'check_hh_request', 'check_no_subsets', 'name_workload',
-           'hub_id']
+           'read_parquet', 'read_bytes', 'read_json', 'root_path', 'from_root',
+           'in_hh_layout', 'file_names', 'subset_file', 'folder_splits',
+           'choose_split', 'reach_hub', 'hub_file', 'cached_dataset',
+           'hub_in_hh_layout', 'hub_rows', 'find_rows', 'check_path',
+           'check_hh_request', 'check_no_subsets', 'name_workload', 'hub_id']
 
 # %% ../nbs/11_sources.ipynb #cell-3
 import gzip
@@ -104,10 +104,18 @@ def read_json(data: bytes, where: str) -> object:
 def root_path(
     path: str | Path,  # absolute, or relative to the repository root
 ) -> Path:  # absolute
-    "Resolve a path against the next folder above with a `settings.ini`, or the working folder."
+    "Resolve a path for the notebooks: against this project's root, or else the working folder."
     here = Path.cwd()
-    root = next((p for p in (here, *here.parents) if (p / "settings.ini").exists()), here)
+    root = next((p for p in (here, *here.parents) if (p / "nbs/run.ipynb").exists()), here)
     return root / Path(path).expanduser()
+
+
+def from_root(
+    name: str | Path,  # a run's data or backbone: file, folder or id on the Hub
+) -> str | Path:
+    "The file or folder, if it is there when paths count from the root; or else the name."
+    path = root_path(name)
+    return path if path.exists() else name
 
 # %% ../nbs/11_sources.ipynb #cell-22
 WORKLOADS = dict(helpful=["helpful-base"], harmless=["harmless-base"])
@@ -264,7 +272,7 @@ def find_rows(
     splits: list[str] | None = None,  # as `choose_split` takes them
 ) -> tuple[Rows, bool]:  # rows; whether they must be cut in two
     "Find and read the rows of one split; raises `ValueError` for what can't be found or read."
-    path, configs = root_path(data), subsets or [None]
+    path, configs = Path(data).expanduser(), subsets or [None]
     local = path.exists()
     check_path(data, path)
     if in_hh_layout(file_names(path)) if local else hub_in_hh_layout(str(data), configs):
@@ -289,8 +297,8 @@ def check_path(data: str | Path, path: Path) -> None:
     like_path = str(data).startswith((".", "~")) or str(data).lower().endswith(ENDINGS)
     if not path.exists() and (like_path or Path(data).is_absolute()):
         raise ValueError(
-            f"data: there is no file or folder {path}; "
-            "relative paths count from the repository root."
+            f"data: there is no file or folder {path}; relative paths count from the "
+            "working folder, and those of a run from the repository root."
         )
 
 

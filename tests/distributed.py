@@ -19,14 +19,12 @@ torch.set_num_threads(1)
 tokenizer = load_tokenizer(folder / "backbone")
 args = training_arguments(
     folder / f"work{processes}",
-    1,
+    steps=20,  # two epochs
     seed=0,
-    num_train_epochs=2,
     per_device_train_batch_size=16 // processes,
     learning_rate=1e-3,
     warmup_steps=0,
     lr_scheduler_type="constant",
-    use_cpu=True,
     eval_strategy="no",
     save_strategy="no",
     load_best_model_at_end=False,

@@ -94,8 +94,8 @@ def test_a_lora_tuned_llama_is_merged_once_and_named_by_its_path(lora):
     assert not list(lora.rglob("*.bin"))
 
 
-def test_merged_and_adapter_give_the_rewards_of_the_run(lora, llama, monkeypatch):
-    monkeypatch.chdir(llama.folder)
+def test_merged_and_adapter_give_the_rewards_of_the_run(lora, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the adapter finds its base from its own place
     folder = lora / "quantile" / "seed0"
     rewards = pd.read_parquet(lora / "rewards.parquet")
     of_row = (rewards.model == "quantile") & (rewards.pair == 0) & (rewards.side == "chosen")
@@ -109,6 +109,7 @@ def test_merged_and_adapter_give_the_rewards_of_the_run(lora, llama, monkeypatch
         with torch.no_grad():
             quantiles = model(**tokens).logits[0].numpy()
         assert np.abs(quantiles - rewards[of_row].reward.to_numpy()).max() < 1e-5
+        assert (model.config.quantile_link, model.config.reward_max_length) == ("mean", 200)
 
 
 def test_the_card_says_what_was_trained_and_is_written_again(lora, llama):

@@ -23,6 +23,7 @@ from qr_rlhf.model import (
     load_reward_model,
     load_tokenizer,
     normal_quantiles,
+    read_link,
     read_quantiles,
     score,
     tiny_gpt2,
@@ -155,10 +156,49 @@ def test_a_tokenizer_has_a_padding_token_of_its_own(backbone, tmp_path):
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
 
 
-def test_a_trained_model_is_not_loaded_with_other_outputs(backbone, tokenizer, tmp_path):
-    for family in ("free", None):
+def test_a_trained_model_knows_its_outputs(backbone, tokenizer, tmp_path):
+    for family in ("normal", "free", None):
         load_reward_model(backbone, tokenizer, 10, family=family).save_pretrained(tmp_path)
-        assert "give n=10" in refusal(load_reward_model, tmp_path, tokenizer, 1)
+        config = load_reward_model(tmp_path, tokenizer).config
+        assert len(config.quantile_levels) == 10 and config.quantile_family == family
+        for other in (dict(n=1), dict(family="free" if family == "normal" else "normal")):
+            told = refusal(load_reward_model, tmp_path, tokenizer, **other)
+            assert f"is a reward model with 10 and {family!r}; leave n and family out" in told
+
+
+def test_a_head_of_another_library_is_known_too(backbone, tokenizer, tmp_path):
+    load = AutoModelForSequenceClassification.from_pretrained
+    load(backbone, num_labels=3).save_pretrained(tmp_path)
+    assert load_reward_model(tmp_path, tokenizer).config.num_labels == 3
+    assert "leave n and family out" in refusal(load_reward_model, tmp_path, tokenizer, 10)
+
+
+@pytest.mark.parametrize(
+    ("head", "words"),
+    [
+        (dict(), "has no head yet; say how many quantiles it gets, such as n=10."),
+        (dict(n=0), "n: 0 was given"),
+        (dict(n=10, family="gauss"), "family: 'gauss' is unknown; choose normal or free"),
+        (dict(n=10, max_length=65), "is more than the model's 64 positions; give at most 64."),
+    ],
+)
+def test_heads_that_cannot_be_are_refused(head, words, backbone, tokenizer):
+    assert words in refusal(load_reward_model, backbone, tokenizer, **head)
+
+
+def test_relative_folders_count_from_the_working_folder(
+    backbone, tokenizer, tmp_path, monkeypatch
+):
+    (tmp_path / "settings.ini").touch()  # what the project once took for its own root
+    (tmp_path / "here").mkdir()
+    for seed, folder in enumerate((tmp_path, tmp_path / "here")):
+        load_reward_model(backbone, tokenizer, 10, seed).save_pretrained(folder / "rm")
+        tokenizer.save_pretrained(folder / "rm")
+    monkeypatch.chdir(tmp_path / "here")
+    found = load_reward_model("rm", load_tokenizer("rm")).score.weight
+    above = load_reward_model(tmp_path / "rm", tokenizer).score.weight
+    assert torch.equal(found, load_reward_model(backbone, tokenizer, 10, 1).score.weight)
+    assert not torch.equal(found, above)
 
 
 def test_readings_by_hand():
@@ -173,8 +213,35 @@ def test_readings_by_hand():
     assert torch.isclose(divided.cvar(0.2), torch.tensor(-1.15))
     assert torch.isclose(divided.cvar(1.0), divided.mean(), atol=1e-6)
     assert np.allclose(cvar_weights(10, 0.25), [0.4, 0.4, 0.2] + [0] * 7)
-    both = agreed.prob_beats(divided) + divided.prob_beats(agreed)
-    assert torch.isclose(both, torch.tensor(1.0))
+
+
+def test_the_chance_of_being_preferred_follows_the_models_link():
+    better, worse = torch.tensor([1.0, 1.0]), torch.tensor([-2.0, 2.0])
+    chances = {}
+    for link in ("mean", "distributional"):
+        first, second = RewardDistribution(better, link), RewardDistribution(worse, link)
+        chances[link] = first.prob_beats(second)
+        assert torch.isclose(chances[link] + second.prob_beats(first), torch.tensor(1.0))
+        assert first.rearranged().link == link
+    sigma = torch.sigmoid(torch.tensor([1.0, 3.0, -1.0]))
+    assert torch.isclose(chances["mean"], sigma[0])
+    assert torch.isclose(chances["distributional"], sigma[1:].mean())
+    told = refusal(RewardDistribution(better).prob_beats, RewardDistribution(worse))
+    assert "prob_beats needs the model's" in told
+
+
+def test_a_checkpoint_without_a_link_has_that_of_its_family(backbone, tokenizer):
+    links = dict(normal="distributional", free="distributional")
+    for family in ("normal", "free", None):
+        model = load_reward_model(backbone, tokenizer, 10, family=family)
+        assert read_link(model.config) == links.get(family, "mean")
+        assert read_link(to_scalar(model).config) == "mean"
+
+
+def test_crossing_outputs_are_read_by_level_as_an_export_reads_them():
+    crossed = RewardDistribution(torch.tensor([0.0, 2.0, 1.0, 3.0]))
+    assert crossed.cvar(0.5) == 1.0 and crossed.rearranged().cvar(0.5) == 0.5
+    assert crossed.quantile(0.375) == 2.0 and crossed.rearranged().quantile(0.375) == 1.0
 
 
 def test_crossing_and_rearrangement():
@@ -210,8 +277,18 @@ def test_weights_fit_the_outputs(backbone, tokenizer, model):
 
 def test_score_refuses_what_does_not_fit(tokenizer, model):
     assert "response 1 has" in refusal(score, model, tokenizer, PROMPT, [" Yes.", " 9" * 200])
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    assert "give messages" in refusal(score, model, tokenizer, "Name a number.", ["I say 7."])
+    told = refusal(score, model, tokenizer, PROMPT, ANSWERS, max_length=65)
+    assert "is more than the model's 64 positions" in told
+
+
+def test_score_keeps_to_the_length_of_training(backbone, tokenizer, model, tmp_path):
+    trained = load_reward_model(backbone, tokenizer, 10, max_length=24)
+    trained.save_pretrained(tmp_path)
+    trained = load_reward_model(tmp_path, tokenizer)
+    long = "\n\nHuman: My bread is flat.\n\nAssistant: No." + PROMPT
+    cut = score(model, tokenizer, long, [" No."], max_length=24)
+    assert torch.equal(score(trained, tokenizer, long, [" No."]), cut)
+    assert not torch.allclose(score(model, tokenizer, long, [" No."]), cut)
 
 
 def test_score_in_parts_and_by_messages(tokenizer, model):

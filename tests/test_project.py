@@ -13,8 +13,8 @@ from conftest import ROOT
 from nbclient import NotebookClient
 from nbconvert import HTMLExporter
 
-ORDER = """formats sources data packing model losses training analysis figures grammar synthetic
-uncertainty large settings runs export policy experiments pipeline studies""".split()
+ORDER = """formats chat sources data packing model losses training analysis figures grammar
+synthetic uncertainty large settings runs export policy experiments pipeline studies""".split()
 SHOWN = ["index", "run", "report"]
 NOTEBOOKS = [
     *sorted((ROOT / "nbs").glob("*.ipynb")),

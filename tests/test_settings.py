@@ -8,6 +8,7 @@ import sys
 import pytest
 from conftest import ROOT
 
+from qr_rlhf import runs
 from qr_rlhf.runs import launch, open_run, run_arguments, save_figure, versions, write_whole
 from qr_rlhf.settings import FIELDS, PROFILES, make_settings, parameter_lines, read_value
 
@@ -112,15 +113,21 @@ def test_launch_refuses_what_only_the_notebook_does():
         launch(["--precision", "half"])
 
 
-def test_steps_are_counted_over_all_processes(tmp_path, monkeypatch, capsys):
-    settings = make_settings("demo", warmup_steps=40, gradient_checkpointing=True)
-    one = run_arguments(tmp_path, settings, 800, 1)
-    assert one.eval_steps == 50 // 6 and one.gradient_checkpointing
-    assert not capsys.readouterr().out
+def test_steps_are_counted_over_all_processes(tmp_path, monkeypatch):
+    made = []
+
+    def keep(folder, steps, evaluations, **options):
+        made.append((steps, evaluations, options))
+
+    monkeypatch.setattr(runs, "training_arguments", keep)
+    settings = make_settings("demo", gradient_checkpointing=True)
+    run_arguments(tmp_path, settings, 801, 1.5)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    assert not run_arguments(tmp_path, settings, 800, 1).gradient_checkpointing
-    assert "all 25 steps of this training are warm-up" in capsys.readouterr().out
+    run_arguments(tmp_path, settings, 801, 1.5)
+    steps, evaluations, checkpointing = zip(*made, strict=True)
+    assert steps == (77, 39) and evaluations == (6, 6)  # 51 batches an epoch, or 26 of two
+    assert [options.get("gradient_checkpointing") for options in checkpointing] == [True, None]
 
 
 def test_a_folder_is_held_by_one_process_and_belongs_to_its_settings(tmp_path):
