@@ -7,16 +7,16 @@ __all__ = ['MODELS', 'PAPER', 'COLUMNS', 'METRICS', 'check_rewards', 'missing_ro
            'to_arrays', 'kde_logpdf', 'log_ratio', 'kl_kde', 'kl_histogram',
            'break_ties', 'kl_knn', 'accuracy', 'auroc', 'win_logprob', 'reliability',
            'ece', 'jensen_shannon', 'crossing_rate', 'length_correlation',
-           'half_samples', 'interval', 'format_interval', 'seed_interval',
-           'statistics', 'swapped', 'summarise', 'evaluate', 'check_comparison',
-           'table1', 'check_same_setting']
+           'half_samples', 'pair_error', 'accuracy_on', 'seed_interval', 'interval',
+           'format_interval', 'detectable', 'statistics', 'swapped', 'summarise',
+           'evaluate', 'check_comparison']
 
 # %% ../nbs/04_analysis.ipynb #cell-4
 import numpy as np
 import pandas as pd
 from scipy.spatial import cKDTree
 from scipy.special import log_expit, logsumexp
-from scipy.stats import entropy, rankdata, wasserstein_distance
+from scipy.stats import entropy, norm, rankdata, wasserstein_distance
 from scipy.stats import t as student_t
 
 # %% ../nbs/04_analysis.ipynb #cell-6
@@ -55,9 +55,9 @@ def missing_rows(rewards):
 def refuse(rows, problem, remedy):
     "Raise an error that names the first of these rows, if there are any."
     if len(rows):
-        first = ", ".join(f"{key} {value}" for key, value in rows.iloc[0].items())
+        row = ", ".join(f"{key} {value}" for key, value in rows.iloc[0].items())
         found = f"{len(rows)} row(s) of the rewards table {problem}"
-        raise ValueError(f"{found}, first {first}: {remedy}.")
+        raise ValueError(f"{found}, first {row}: {remedy}.")
 
 # %% ../nbs/04_analysis.ipynb #cell-16
 def to_arrays(rewards: pd.DataFrame) -> dict[tuple[str, int], np.ndarray]:
@@ -96,7 +96,7 @@ def kl_kde(chosen, rejected, weights=None) -> float | np.ndarray:
     ratio = log_ratio(chosen, chosen, rejected, weights)
     return float(ratio.mean()) if weights is None else (weights * ratio).sum(axis=0)
 
-# %% ../nbs/04_analysis.ipynb #cell-31
+# %% ../nbs/04_analysis.ipynb #cell-34
 def kl_histogram(
     chosen: np.ndarray,  # rewards `[n]`
     rejected: np.ndarray,  # rewards `[m]`
@@ -111,7 +111,7 @@ def kl_histogram(
     p, q = (np.histogram(x, edges)[0] / len(x) + epsilon for x in (chosen, rejected))
     return float(entropy(p, q))  # scipy's relative entropy makes p and q sum to 1
 
-# %% ../nbs/04_analysis.ipynb #cell-40
+# %% ../nbs/04_analysis.ipynb #cell-43
 def break_ties(values: np.ndarray) -> np.ndarray:
     "Spread the copies of a tied value at random (seed 0) over its cell (width 1 if all tie)."
     distinct, which, count = np.unique(values, return_inverse=True, return_counts=True)
@@ -120,7 +120,7 @@ def break_ties(values: np.ndarray) -> np.ndarray:
     moved = values - left + (left + right) * np.random.default_rng(0).uniform(size=len(values))
     return np.where(count[which] > 1, moved, values)
 
-# %% ../nbs/04_analysis.ipynb #cell-42
+# %% ../nbs/04_analysis.ipynb #cell-45
 def kl_knn(chosen: np.ndarray, rejected: np.ndarray, k: int = 5) -> float:
     "KL(chosen ‖ rejected) in nats from k-th nearest neighbours; it can be below 0."
     n, m = len(chosen), len(rejected)
@@ -134,7 +134,7 @@ def kl_knn(chosen: np.ndarray, rejected: np.ndarray, k: int = 5) -> float:
     ratio = np.maximum(other, floor) / np.maximum(own, floor)
     return float(np.log(ratio).mean() + np.log(m / (n - 1)))
 
-# %% ../nbs/04_analysis.ipynb #cell-55
+# %% ../nbs/04_analysis.ipynb #cell-58
 def accuracy(chosen: np.ndarray, rejected: np.ndarray) -> float:
     "Share of pairs whose chosen response lies above the rejected one; a tie counts half."
     return float(((chosen > rejected) + 0.5 * (chosen == rejected)).mean())
@@ -146,7 +146,7 @@ def auroc(chosen: np.ndarray, rejected: np.ndarray) -> float:
     ranks = rankdata(np.concatenate([chosen, rejected]))[:n]
     return float((ranks.sum() - n * (n + 1) / 2) / (n * m))
 
-# %% ../nbs/04_analysis.ipynb #cell-59
+# %% ../nbs/04_analysis.ipynb #cell-62
 def win_logprob(
     quantiles: np.ndarray,  # `[pairs, 2, N]`, chosen first
     link: str = "mean",  # "mean" or "distributional": the mean of σ(q_i − q_j) over N × N
@@ -160,18 +160,17 @@ def win_logprob(
         return logsumexp(log_expit(difference), axis=(1, 2)) - 2 * np.log(quantiles.shape[-1])
     raise ValueError(f"Unknown link {link!r}: choose 'mean' or 'distributional'.")
 
-# %% ../nbs/04_analysis.ipynb #cell-64
+# %% ../nbs/04_analysis.ipynb #cell-67
 def reliability(
     log_win: np.ndarray,  # log probability that the chosen response wins `[pairs]`
-    keep: np.ndarray | slice = slice(None),  # which pairs, after the order of all is drawn
     bins: int = 10,  # of equal width on [0, 1]; empty ones are left out
 ) -> pd.DataFrame:  # a row per bin: mean `forecast`, share that `happened`, number of `pairs`
-    "How often the first response of a pair, in random order (seed 0), was the chosen one."
-    first_chosen = np.random.default_rng(0).random(len(log_win)) < 0.5
-    forecast = np.where(first_chosen, np.exp(log_win), -np.expm1(log_win))
+    "How often a response won, by its forecast; each pair counts in both orders."
+    forecast = np.concatenate([np.exp(log_win), -np.expm1(log_win)])
+    happened = np.repeat([1.0, 0.0], len(log_win))
     which = np.minimum((forecast * bins).astype(int), bins - 1)
-    table = dict(bin=which, forecast=forecast, happened=first_chosen.astype(float))
-    groups = pd.DataFrame(table).iloc[keep].groupby("bin")
+    table = pd.DataFrame(dict(bin=which, forecast=forecast, happened=happened))
+    groups = table.groupby("bin")
     return groups.mean().assign(pairs=groups.size())
 
 
@@ -179,7 +178,7 @@ def ece(table: pd.DataFrame) -> float:
     "Expected calibration error of a `reliability` table (Naeini et al. 2015), between 0 and 1."
     return float(np.average((table.forecast - table.happened).abs(), weights=table.pairs))
 
-# %% ../nbs/04_analysis.ipynb #cell-69
+# %% ../nbs/04_analysis.ipynb #cell-74
 def jensen_shannon(chosen, rejected, weights=None) -> float | np.ndarray:
     "Jensen–Shannon divergence in nats: p/(p + q) is the sigmoid of the log ratio."
     at_chosen = log_expit(log_ratio(chosen, chosen, rejected, weights))
@@ -188,7 +187,7 @@ def jensen_shannon(chosen, rejected, weights=None) -> float | np.ndarray:
         return float(np.log(2) + (at_chosen.mean() + at_rejected.mean()) / 2)
     return np.log(2) + (weights * (at_chosen + at_rejected)).sum(axis=0) / 2
 
-# %% ../nbs/04_analysis.ipynb #cell-73
+# %% ../nbs/04_analysis.ipynb #cell-80
 def crossing_rate(quantiles: np.ndarray) -> float:
     "Share of neighbouring quantile levels where the higher level lies below the lower one."
     return float((np.diff(quantiles, axis=-1) < 0).mean()) if quantiles.shape[-1] > 1 else 0.0
@@ -199,17 +198,49 @@ def length_correlation(rewards: np.ndarray, lengths: np.ndarray) -> float:
     a, b = (rankdata(x) - (np.size(x) + 1) / 2 for x in (rewards, lengths))
     return float(a @ b / np.sqrt((a @ a) * (b @ b))) if a.any() and b.any() else 0.0
 
-# %% ../nbs/04_analysis.ipynb #cell-76
+# %% ../nbs/04_analysis.ipynb #cell-83
 def half_samples(n_pairs: int, n_resamples: int = 200, seed: int = 0) -> np.ndarray:
-    "Booleans `[1 + n_resamples, n_pairs]`: all pairs, then random halves (Shao and Wu 1989)."
+    "Booleans `[1 + n_resamples, n_pairs]`: all pairs; a random half, its other half; …"
     rng = np.random.default_rng(seed)
-    halves = (rng.permutation(n_pairs) < n_pairs // 2 for _ in range(n_resamples))
-    return np.array([np.ones(n_pairs, bool), *halves])
+    halves = np.array(
+        [rng.permutation(n_pairs) < n_pairs // 2 for _ in range(n_resamples // 2)]
+    )
+    with_others = np.stack([halves, ~halves], axis=1).reshape(-1, n_pairs)
+    return np.concatenate([np.ones((1, n_pairs), bool), with_others])
 
 
-def interval(values: np.ndarray | pd.Series) -> dict[str, float]:
-    "`value`, `low`, `high` (95 %) of a statistic on `half_samples`; bias is not covered."
-    low, high = values[0] + np.quantile(values[1:] - values[1:].mean(), [0.025, 0.975])
+def pair_error(values: np.ndarray | pd.Series) -> float:
+    "Standard error over pairs of a statistic on `half_samples`."
+    halves = np.asarray(values, float)[1:].reshape(-1, 2)
+    deviation = halves - halves.mean()
+    variance = -deviation.prod(axis=1).mean()
+    return float(np.sqrt(max(variance, deviation.var() / 3)))
+
+
+def accuracy_on(samples: np.ndarray, rewards: np.ndarray) -> np.ndarray:
+    "`accuracy` of rewards `[pairs, 2]`, or of lengths, on each sample of pairs."
+    return np.array([accuracy(*rewards[s].T) for s in samples])
+
+# %% ../nbs/04_analysis.ipynb #cell-87
+def seed_interval(values: np.ndarray | pd.Series) -> dict[str, float]:
+    "Mean over seeds with its 95 % t interval; the bounds of a single seed are nan."
+    values = np.asarray(values, float)
+    n, mean = len(values), values.mean()
+    half = student_t.ppf(0.975, n - 1) * values.std(ddof=1) / np.sqrt(n) if n > 1 else np.nan
+    return dict(value=float(mean), low=float(mean - half), high=float(mean + half))
+
+
+def interval(*by_seed: np.ndarray | pd.Series) -> dict[str, float]:
+    """Mean over seeds of a statistic on `half_samples`, given for each: `value`, `low`, `high`.
+
+    The 95 % are over pairs; from three seeds on over pairs and seeds. Bias is not covered.
+    """
+    values = np.mean(by_seed, axis=0)
+    half = norm.ppf(0.975) * pair_error(values)
+    if len(by_seed) > 2:
+        seeds = seed_interval([one[0] for one in by_seed])
+        half = np.hypot(half, seeds["high"] - seeds["value"])
+    low, high = values[0] - half, values[0] + half
     return dict(value=float(values[0]), low=float(low), high=float(high))
 
 
@@ -221,15 +252,13 @@ def format_interval(part: dict[str, float], digits: int = 3, sign: bool = False)
     value, low, high = (format(part[key], form) for key in ("value", "low", "high"))
     return f"{value} [{low}, {high}]" if np.isfinite(part["low"]) else value
 
-# %% ../nbs/04_analysis.ipynb #cell-81
-def seed_interval(values: np.ndarray | pd.Series) -> dict[str, float]:
-    "Mean over seeds with its 95 % t interval; the bounds of a single seed are nan."
-    values = np.asarray(values, float)
-    n, mean = len(values), values.mean()
-    half = student_t.ppf(0.975, n - 1) * values.std(ddof=1) / np.sqrt(n) if n > 1 else np.nan
-    return dict(value=float(mean), low=float(mean - half), high=float(mean + half))
+# %% ../nbs/04_analysis.ipynb #cell-93
+def detectable(part: dict[str, float]) -> float:
+    "The smallest true difference that intervals of this width tell from 0 four times in five."
+    standard_error = (part["high"] - part["low"]) / 2 / norm.ppf(0.975)
+    return float(standard_error * (norm.ppf(0.975) + norm.ppf(0.8)))
 
-# %% ../nbs/04_analysis.ipynb #cell-84
+# %% ../nbs/04_analysis.ipynb #cell-96
 METRICS = dict(
     accuracy="pairwise accuracy",
     nll="log-loss (nats)",
@@ -238,7 +267,7 @@ METRICS = dict(
     kl_kde="KL, kernel density (nats)",
     kl_histogram="KL, histogram (nats)",
     kl_knn="KL, nearest neighbours (nats)",
-    jensen_shannon="Jensen–Shannon divergence (nats)",
+    jensen_shannon="Jensen–Shannon divergence (nats, reads high)",
     wasserstein="Wasserstein-1 distance (units of reward)",
     crossing_rate="crossing rate",
     length_correlation="rank correlation of reward and length",
@@ -251,16 +280,16 @@ def statistics(quantiles, samples, lengths=None, link="mean") -> pd.DataFrame:
     for s in samples:
         pair = means[s].T
         row = dict(accuracy=accuracy(*pair), auroc=auroc(*pair), nll=-log_win[s].mean())
-        row |= dict(ece=ece(reliability(log_win, s)), crossing_rate=crossing_rate(quantiles[s]))
+        row |= dict(ece=ece(reliability(log_win[s])), crossing_rate=crossing_rate(quantiles[s]))
         row |= dict(kl_histogram=kl_histogram(*pair), kl_knn=kl_knn(*pair))
-        row |= dict(wasserstein=wasserstein_distance(*pair))
+        row["wasserstein"] = wasserstein_distance(*pair)
         if lengths is not None:
             row["length_correlation"] = length_correlation(means[s], lengths[s])
         rows.append(row)
     kde = (*means.T, samples.T / samples.sum(axis=1))
     return pd.DataFrame(rows).assign(kl_kde=kl_kde(*kde), jensen_shannon=jensen_shannon(*kde))
 
-# %% ../nbs/04_analysis.ipynb #cell-91
+# %% ../nbs/04_analysis.ipynb #cell-104
 def swapped(quantiles, lengths=None, link="mean", seed=0) -> pd.Series:
     "Every metric with chosen and rejected swapped at random within pairs, mean of five draws."
     n, rng, draws = len(quantiles), np.random.default_rng(seed), []
@@ -271,22 +300,22 @@ def swapped(quantiles, lengths=None, link="mean", seed=0) -> pd.Series:
         draws.append(statistics(quantiles[pairs, order], everything, moved, link).iloc[0])
     return pd.DataFrame(draws).mean()
 
-# %% ../nbs/04_analysis.ipynb #cell-94
-def summarise(values: pd.DataFrame, zero: pd.Series | None = None) -> dict:
-    "Intervals of `statistics`, with `swapped` values if given; three estimators under `kl`."
-    parts = {name: interval(x) for name, x in values.items()}
+
+def summarise(tables: list[pd.DataFrame], zero: pd.Series | None = None) -> dict:
+    "Intervals of `statistics` (a table per seed), `swapped` values; the estimators under `kl`."
+    parts = {name: interval(*(table[name] for table in tables)) for name in tables[0]}
     if zero is not None:
         for name, part in parts.items():
             part["swapped"] = float(zero[name])
     kl = {name: parts.pop("kl_" + name) for name in ("kde", "histogram", "knn")}
     return parts | {"kl": kl}
 
-# %% ../nbs/04_analysis.ipynb #cell-96
+# %% ../nbs/04_analysis.ipynb #cell-109
 def evaluate(
     rewards: pd.DataFrame,  # the rewards table, with the models scalar and quantile
     lengths: np.ndarray | None = None,  # of the responses `[pairs, 2]`, pairs ascending
     link: str = "mean",  # the quantile model's (see `win_logprob`); a scalar model has one
-    n_resamples: int = 200,  # half-samples for the intervals
+    n_resamples: int = 200,  # half-samples for the intervals, an even number
     seed: int = 0,  # of half-samples and swaps
 ) -> dict:  # `models`: model → metrics, `intervals`, `kl`, `per_seed`; `difference`
     "Every metric of both models and of the difference quantile − scalar."
@@ -298,13 +327,14 @@ def evaluate(
         by_seed = {s: q for (m, s), q in arrays.items() if m == model}
         measured = {s: statistics(q, samples, lengths, link) for s, q in by_seed.items()}
         zeros = [swapped(q, lengths, link, seed) for q in by_seed.values()]
-        tables[model] = sum(measured.values()) / len(measured)
+        tables[model] = list(measured.values())
         parts = summarise(tables[model], sum(zeros) / len(zeros))
         kl = parts.pop("kl")
         per_seed = [{"seed": int(s), **table.loc[0].to_dict()} for s, table in measured.items()]
         values = {name: part["value"] for name, part in parts.items()}
         models[model] = values | dict(intervals=parts, kl=kl, per_seed=per_seed)
-    return dict(models=models, difference=summarise(tables["quantile"] - tables["scalar"]))
+    gains = [q - s for s, q in zip(*tables.values(), strict=True)]
+    return dict(models=models, difference=summarise(gains))
 
 
 def check_comparison(rewards, lengths):
@@ -315,31 +345,3 @@ def check_comparison(rewards, lengths):
         raise ValueError(f"The rewards table has {n} pairs: intervals need 12 or more.")
     if lengths is not None and np.shape(lengths) != (n, 2):
         raise ValueError(f"The lengths have shape {np.shape(lengths)}: they need {(n, 2)}.")
-
-# %% ../nbs/04_analysis.ipynb #cell-103
-def table1(results: list[dict]) -> pd.DataFrame:
-    "The paper's Table 1 from the contents of `results.json`, two rows per run."
-    check_same_setting(results)
-    rows = []
-    for run in results:
-        for model in MODELS:
-            block, kl = run["models"][model], run["models"][model]["kl"]["kde"]
-            row = {"run": run["name"], "workload": run["workload"], "model": model}
-            row |= {"KL": kl["value"], "low": kl["low"], "high": kl["high"]}
-            row |= {"KL swapped": kl["swapped"], "accuracy": block["accuracy"]}
-            paper = PAPER.get(run["workload"], {}).get(model, np.nan)
-            rows.append(row | {"change %": np.nan, "paper: KL": paper})
-    table = pd.DataFrame(rows).set_index(["run", "workload", "model"])
-    for change, kl in (("change %", "KL"), ("paper: change %", "paper: KL")):
-        by_run = table[kl].where(table[kl] > 0).groupby(np.arange(len(table)) // 2)
-        table[change] = 100 * by_run.pct_change(fill_method=None)
-    return table
-
-
-def check_same_setting(results):
-    if not results:
-        raise ValueError("Table 1 needs the results of one run or more.")
-    for key in ("profile", "data", "backbone"):
-        if any(r[key] != results[0][key] for r in results):
-            names = "; ".join(f"{r['name']}: {r[key]}" for r in results)
-            raise ValueError(f"Runs of different {key} need a table each ({names}).")

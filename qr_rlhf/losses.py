@@ -169,6 +169,7 @@ class DistributionalObjective(Objective):
     """Likelihood of the vote when both rewards are drawn from the predicted distributions.
 
     With normal quantiles it is PURM's model (arXiv 2503.22480), on N quantiles, with a pool.
+    Ten quantiles μ + s·z have standard deviation .938 s: s is 6.6 % above that of rewards.
     """
 
     family: str = "normal"  # `normal`: outputs are μ, log s; `free`: the quantiles in any order

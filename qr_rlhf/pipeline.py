@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['VERDICTS', 'describe_run', 'Run', 'begin_run', 'check_evaluation', 'add_backbone',
            'make_backbone', 'announce', 'warm_up', 'train_models', 'score_models',
-           'compare_with_truth', 'collect_results', 'by_metric', 'metrics_table',
-           'verdict', 'verdict_markdown', 'spread_lines', 'finish_run']
+           'length_null', 'collect_results', 'by_metric', 'metrics_table',
+           'accuracy_table', 'verdict', 'verdict_markdown', 'intervals_are',
+           'length_line', 'spread_lines', 'finish_run']
 
 # %% ../nbs/18_pipeline.ipynb #cell-3
 import dataclasses
@@ -18,10 +19,19 @@ import numpy as np
 import pandas as pd
 from datasets import Dataset
 from filelock import FileLock
-from scipy.stats import pearsonr, spearmanr
 from transformers import AutoModelForSequenceClassification
 
-from .analysis import METRICS, MODELS, evaluate, format_interval, to_arrays
+from qr_rlhf.analysis import (
+    METRICS,
+    MODELS,
+    accuracy_on,
+    detectable,
+    evaluate,
+    format_interval,
+    half_samples,
+    interval,
+    to_arrays,
+)
 from qr_rlhf.data import (
     count_shared_prompts,
     data_hash,
@@ -31,13 +41,13 @@ from qr_rlhf.data import (
 )
 from .export import model_card, write_card
 from .large import keep_adapter, plain_backbone
-from .model import load_tokenizer, quantile_levels, tiny_gpt2, train_tokenizer
+from .model import load_tokenizer, tiny_gpt2, train_tokenizer
 from .runs import open_run, reward_trainer, run_arguments, versions, write_whole
 from .settings import Settings
 from .sources import WORKLOADS, from_root, hub_id, root_path
 from .synthetic import World
 from .training import rewards_table, score_pairs, train_to, warm_up_trainer
-from .uncertainty import explained, spread
+from .uncertainty import compare_with_truth, explained, spread
 
 # %% ../nbs/18_pipeline.ipynb #cell-7
 def describe_run(profile: str, workload: str, data: str, backbone: str, objective: str) -> str:
@@ -183,27 +193,21 @@ def score_models(run: Run) -> pd.DataFrame:  # the rewards table of all models
     return rewards
 
 # %% ../nbs/18_pipeline.ipynb #cell-25
-def compare_with_truth(
+def length_null(
     rewards: pd.DataFrame,  # the rewards table
-    world: World,  # where its pairs come from
-    pairs: Dataset,  # those that were scored
-) -> list[dict]:  # a row per model and seed
-    "Correlate predicted with true rewards: differences within pairs, and spreads."
-    arrays, found = to_arrays(rewards), []
-    n = max(quantiles.shape[-1] for quantiles in arrays.values())
-    table = world.truth_table(pairs, quantile_levels(n))
-    true, means = (table[k].to_numpy().reshape(-1, 2, n) for k in ("reward", "mean"))
-    for (model, seed), quantiles in arrays.items():
-        row = dict(model=model, seed=int(seed))
-        parts = [np.diff(q.mean(-1), axis=1).ravel() for q in (quantiles, means)]
-        row["difference_correlation"] = float(pearsonr(*parts)[0])
-        if model == "quantile":
-            spreads = [spread(q).ravel() for q in (quantiles, true)]
-            row["spread_correlation"] = float(spearmanr(*spreads)[0])
-        found.append(row)
-    return found
+    lengths: np.ndarray,  # of its responses `[pairs, 2]`, chosen first
+) -> dict[str, dict]:  # `longer`, `shorter`; `beyond`: model → its gain over the better rule
+    "Accuracy of picking by length alone, and what the models add to it."
+    arrays, samples = to_arrays(rewards), half_samples(len(lengths))
+    longer = accuracy_on(samples, lengths)
+    better = longer if longer[0] >= 0.5 else 1 - longer
+    beyond = {}
+    for model in MODELS:
+        by_seed = [q.mean(axis=-1) for (m, _), q in arrays.items() if m == model]
+        beyond[model] = interval(*(accuracy_on(samples, means) - better for means in by_seed))
+    return dict(longer=interval(longer), shorter=interval(1 - longer), beyond=beyond)
 
-# %% ../nbs/18_pipeline.ipynb #cell-30
+# %% ../nbs/18_pipeline.ipynb #cell-29
 def collect_results(
     run: Run,
     rewards: pd.DataFrame,  # from `score_models`
@@ -222,13 +226,14 @@ def collect_results(
         objective=dict(name=s.objective, **dataclasses.asdict(objective)),
         versions=versions(),
         **evaluate(rewards, run.lengths(), link=run.link()),
+        null=length_null(rewards, run.lengths()),
         spread_by_mean=[explained(spread(q).ravel(), q.mean(-1).ravel()) for q in quantiles],
     )
     if s.data == "synthetic":
         results["truth"] = compare_with_truth(rewards, World(judges=s.judges), evaluation)
     return results
 
-# %% ../nbs/18_pipeline.ipynb #cell-33
+# %% ../nbs/18_pipeline.ipynb #cell-32
 def by_metric(block: dict) -> dict[str, dict]:  # metric → `value`, `low`, `high`
     "Put the estimators under `kl` beside the other metrics, in the order of `METRICS`."
     parts = block | {f"kl_{name}": part for name, part in block["kl"].items()}
@@ -236,22 +241,29 @@ def by_metric(block: dict) -> dict[str, dict]:  # metric → `value`, `low`, `hi
 
 
 def metrics_table(results: dict) -> pd.DataFrame:  # a row per metric, values as text
-    "Both models of a run's results and their difference, with 95 % intervals over pairs."
+    "Both models of a run's results and their difference, with 95 % intervals."
     blocks = results["models"].items()
     parts = pd.DataFrame({m: by_metric(b["intervals"] | dict(kl=b["kl"])) for m, b in blocks})
     swapped = parts.map(lambda part: f"{part['swapped']:.3f}").add_suffix(", swapped")
     difference = pd.Series(by_metric(results["difference"]))
     table = parts.map(format_interval).add_suffix(" model")
     table["quantile − scalar"] = difference.map(partial(format_interval, sign=True))
+    table["detectable"] = difference.map(detectable).map("{:.3f}".format)
     return table.join(swapped).rename(METRICS)
 
-# %% ../nbs/18_pipeline.ipynb #cell-36
+# %% ../nbs/18_pipeline.ipynb #cell-35
+def accuracy_table(results: dict) -> pd.DataFrame:  # a row per model and rule, values as text
+    "Pairwise accuracy of both models and of picking by length, with 95 % intervals."
+    null, models = results["null"], results["models"]
+    rows = {f"{m} model": models[m]["intervals"]["accuracy"] for m in MODELS}
+    rows |= {f"picks the {rule}": null[rule] for rule in ("longer", "shorter")}
+    table = pd.DataFrame({"pairwise accuracy": pd.Series(rows).map(format_interval)})
+    gains = [format_interval(null["beyond"][m], sign=True) for m in MODELS]
+    return table.assign(**{"beyond the better rule": [*gains, "", ""]})
+
+# %% ../nbs/18_pipeline.ipynb #cell-38
 VERDICTS = dict(  # metric → its name; what the better model does; whether more is better
-    kl_kde=(
-        "KL(chosen ‖ rejected), the paper's measure",
-        "sets chosen and rejected rewards further apart",
-        True,
-    ),
+    kl_kde=("KL, the paper's measure", "sets chosen and rejected further apart", True),
     accuracy=("Pairwise accuracy", "is more often right", True),
     nll=("Log-loss, less is better", "forecasts preferences better", False),
 )
@@ -266,20 +278,40 @@ def verdict(
     winner = "quantile" if more == (part["value"] > 0) else "scalar"
     meaning = f"the {winner} model {better}"
     if part["low"] <= 0 <= part["high"]:
-        meaning = "no difference that these pairs can show"
+        missed = f"one below {detectable(part):.3f} would probably be missed"
+        meaning = f"no difference that this run can show; {missed}"
     return f"- **{name}**: {format_interval(part, sign=True)}: {meaning}."
 
-# %% ../nbs/18_pipeline.ipynb #cell-39
+# %% ../nbs/18_pipeline.ipynb #cell-41
 def verdict_markdown(
     results: dict,  # from `collect_results`
     note: str,  # what the run is about, from `describe_run`
 ) -> str:
     "Say what a run found."
-    difference, seeds = by_metric(results["difference"]), len(results["seeds"])
-    counts = f"{results['n_eval']:,} evaluation pairs, {seeds} seed{'s' if seeds > 1 else ''}"
-    head = f"*{note}; {counts}. Quantile − scalar, with 95 % intervals over pairs:*\n"
+    difference = by_metric(results["difference"])
+    over = f"95 % intervals {intervals_are(len(results['seeds']))}"
+    head = f"*{note}; {results['n_eval']:,} evaluation pairs. Quantile − scalar, {over}:*\n"
     lines = [verdict(metric, difference[metric]) for metric in VERDICTS]
-    return "\n".join([head, *lines, *spread_lines(results)])
+    return "\n".join([head, *lines, length_line(results["null"]), *spread_lines(results)])
+
+
+def intervals_are(n_seeds: int) -> str:
+    "Over what the intervals of a run are, as `analysis.interval` takes them."
+    if n_seeds > 2:
+        return f"over pairs and {n_seeds} seeds"
+    return "over pairs, " + ("one seed" if n_seeds == 1 else "two seeds as they are")
+
+
+def length_line(null: dict) -> str:
+    "Whether the models of a run beat picking by length."
+    rule = max("longer", "shorter", key=lambda rule: null[rule]["value"])
+    said = (
+        f"- **Length**: picking the {rule} response is right in {format_interval(null[rule])}"
+    )
+    for model, gain in null["beyond"].items():
+        beats = "beats" if gain["low"] > 0 else "does not beat"
+        said += f"; the {model} model {beats} this ({format_interval(gain, sign=True)})"
+    return said + "."
 
 
 def spread_lines(results: dict) -> list[str]:
@@ -297,7 +329,7 @@ def spread_lines(results: dict) -> list[str]:
         lines.append(f"{told} (η² = {repeated:.2f}): it says nothing of its own.")
     return lines
 
-# %% ../nbs/18_pipeline.ipynb #cell-42
+# %% ../nbs/18_pipeline.ipynb #cell-44
 def finish_run(
     run: Run,
     results: dict,  # from `collect_results`

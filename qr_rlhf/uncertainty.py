@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['SHARES', 'spread', 'explained', 'partial_correlation', 'against_truth',
-           'at_ten_levels', 'compare_spreads', 'risk_coverage', 'conformal_verdicts',
-           'check_alpha']
+           'at_ten_levels', 'covered', 'compare_spreads', 'compare_with_truth',
+           'risk_coverage', 'conformal_verdicts', 'check_alpha']
 
 # %% ../nbs/07_uncertainty.ipynb #cell-3
 import numpy as np
 import pandas as pd
-from scipy.stats import rankdata
+from datasets import Dataset
+from scipy.stats import pearsonr, rankdata, spearmanr
 
-from .analysis import crossing_rate
-from .model import interpolate_quantile
+from .analysis import crossing_rate, to_arrays
+from .model import interpolate_quantile, quantile_levels
+from .synthetic import World
 
 # %% ../nbs/07_uncertainty.ipynb #cell-6
 def spread(
@@ -57,11 +59,11 @@ def against_truth(
     mean, true_mean = predicted.mean(-1), true.mean(-1)
     own, reference = at_ten_levels(predicted), at_ten_levels(true)
     own_spread, true_spread = spread(own), spread(reference)
-    low, high = (interpolate_quantile(predicted, level)[:, None] for level in (0.1, 0.9))
     one_shape = mean[:, None] + (reference - true_mean[:, None]).mean(0)
     return compare_spreads(own_spread, true_spread, mean, true_mean) | dict(
         scale_ratio=float(own_spread.mean() / true_spread.mean()),
-        coverage=float(((true >= low) & (true <= high)).mean()),
+        coverage=covered(own, true),
+        coverage_perfect=covered(reference, true),
         wasserstein=float(np.abs(own - reference).mean()),
         wasserstein_constant=float(np.abs(one_shape - reference).mean()),
         crossing=crossing,
@@ -71,6 +73,12 @@ def against_truth(
 def at_ten_levels(quantiles: np.ndarray) -> np.ndarray:
     "Quantiles `[n, N]` at the levels .05, .15, …, .95, `[n, 10]`."
     return np.stack([interpolate_quantile(quantiles, (2 * i + 1) / 20) for i in range(10)], -1)
+
+
+def covered(quantiles: np.ndarray, true: np.ndarray) -> float:
+    "Share of the true quantiles `[n, M]` between the levels .1 and .9 of `quantiles` `[n, N]`."
+    low, high = (interpolate_quantile(quantiles, level)[:, None] for level in (0.1, 0.9))
+    return float(((true >= low) & (true <= high)).mean())
 
 
 def compare_spreads(
@@ -85,6 +93,27 @@ def compare_spreads(
     return dict(zip(names, (correlation, partial, explained(own, mean)), strict=True))
 
 # %% ../nbs/07_uncertainty.ipynb #cell-25
+def compare_with_truth(
+    rewards: pd.DataFrame,  # the rewards table
+    world: World,  # where its pairs come from
+    pairs: Dataset,  # those that were scored
+) -> list[dict]:  # a row per model and seed
+    "Correlate predicted with true rewards: differences within pairs, and spreads."
+    arrays, found = to_arrays(rewards), []
+    n = max(quantiles.shape[-1] for quantiles in arrays.values())
+    table = world.truth_table(pairs, quantile_levels(n))
+    true, means = (table[k].to_numpy().reshape(-1, 2, n) for k in ("reward", "mean"))
+    for (model, seed), quantiles in arrays.items():
+        row = dict(model=model, seed=int(seed))
+        parts = [np.diff(q.mean(-1), axis=1).ravel() for q in (quantiles, means)]
+        row["difference_correlation"] = float(pearsonr(*parts)[0])
+        if model == "quantile":
+            spreads = [spread(q).ravel() for q in (quantiles, true)]
+            row["spread_correlation"] = float(spearmanr(*spreads)[0])
+        found.append(row)
+    return found
+
+# %% ../nbs/07_uncertainty.ipynb #cell-29
 SHARES = np.arange(0.1, 1.01, 0.1)  # of pairs kept
 
 
@@ -99,7 +128,7 @@ def risk_coverage(
     kept = [max(1, round(share * len(order))) for share in shares]
     return pd.Series([correct[:n].mean() for n in kept], [round(float(s), 3) for s in shares])
 
-# %% ../nbs/07_uncertainty.ipynb #cell-29
+# %% ../nbs/07_uncertainty.ipynb #cell-33
 def conformal_verdicts(
     calibration: np.ndarray,  # probability given to what people chose, on pairs set aside `[n]`
     first: np.ndarray,  # probability that the first response is preferred, on new pairs `[m]`

@@ -53,6 +53,17 @@ def test_demo_measures_each_model(demo, model):
         assert all(map(math.isfinite, part.values()))
 
 
+def test_demo_measures_picking_by_length(demo):
+    null = demo.results("harmless")["null"]
+    assert math.isclose(null["longer"]["value"] + null["shorter"]["value"], 1)
+    better = max(null[rule]["value"] for rule in ("longer", "shorter"))
+    for model, block in demo.results("harmless")["models"].items():
+        beyond = null["beyond"][model]
+        assert math.isclose(beyond["value"], block["accuracy"] - better, abs_tol=1e-9)
+        assert beyond["low"] < beyond["value"] < beyond["high"]
+    assert "picking the" in (demo.folder / "runs" / "harmless.ipynb").read_text()
+
+
 def test_demo_compares_with_the_truth(demo):
     scalar, quantile = sorted(demo.results("harmless")["truth"], key=len)
     assert set(scalar) == {"model", "seed", "difference_correlation"}
@@ -80,7 +91,7 @@ def test_demo_says_what_trains_before_it_does(demo):
         "training 1 of 2: scalar model, seed 0",
         "training 2 of 2: quantile model, seed 0",
     ]
-    assert "Quantile − scalar, with 95 % intervals" in text  # its verdict
+    assert "Quantile − scalar, 95 % intervals over pairs, one seed" in text  # its verdict
     assert not re.search(r"\w+Warning", text)
 
 
@@ -207,7 +218,12 @@ def test_report(demo):
     assert list(table["paper: KL"]) == [4.914, 6.779, 6.833, 7.291]
     found = demo.results("harmless")["models"]["scalar"]["kl"]["kde"]["value"]
     assert abs(table.KL[2] - found) < 1e-9
-    assert "6.779" in (demo.folder / "runs" / "table1.md").read_text()
+    text = (demo.folder / "runs" / "table1.md").read_text()
+    assert "6.779" in text
+    assert "95 % intervals over pairs, one seed" in text
+    report = (demo.folder / "runs" / "report.ipynb").read_text()
+    assert "picks the longer" in report
+    assert "detectable" in report
 
 
 def test_distributional_objective(demo):

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy.stats import norm
 
 from qr_rlhf.uncertainty import (
     against_truth,
@@ -28,6 +29,20 @@ def test_against_truth_counts_crossings_before_it_sorts():
     true = np.sort(np.random.default_rng(0).normal(size=(30, 60)))
     row = against_truth(np.tile([0.0, 2.0, 1.0], (30, 1)), true)
     assert row["crossing"] == 0.5 and row["spread_correlation"] == 0
+
+
+def test_coverage_stands_beside_what_ten_levels_can_reach():
+    levels = (np.arange(500) + 0.5) / 500
+    uniform = np.tile(levels, (20, 1))  # straight between ten levels, so that nothing is lost
+    normal = np.tile(norm.ppf(levels), (20, 1))
+    for true, reached in ((uniform, 0.8), (normal, 0.82)):
+        ten = np.quantile(true[0], (np.arange(10) + 0.5) / 10)
+        row = against_truth(np.tile(ten, (20, 1)), true)
+        assert abs(row["coverage_perfect"] - reached) < 0.005
+        assert abs(row["coverage"] - row["coverage_perfect"]) < 0.005
+        narrow = against_truth(np.tile(ten / 2, (20, 1)), true)
+        assert narrow["coverage"] < 0.6
+        assert narrow["coverage_perfect"] == row["coverage_perfect"]
 
 
 def test_risk_coverage_keeps_at_least_one_pair():
