@@ -308,14 +308,14 @@ def random_function(
     rng: np.random.Generator,
 ) -> Callable[[np.ndarray], np.ndarray]:  # responses `[..., 8]` to numbers `[...]`
     "A smooth function with mean 0 and standard deviation 1, roughly, over all responses."
-    directions = rng.normal(size=(8, 4))
+    directions = rng.normal(size=(8, 3))
     directions /= np.linalg.norm(directions, axis=0)
-    phases = rng.uniform(0, 2 * np.pi, size=3)
+    phases = rng.uniform(0, 2 * np.pi, size=2)
 
     def value(x):
         along = x @ directions
-        waves = np.sin(2 * along[..., 1:] + phases)
-        return 0.8 * along[..., 0] + 0.5 * waves.sum(-1)
+        waves = np.sin(1.5 * along[..., 1:] + phases)
+        return 0.8 * along[..., 0] + 0.6 * waves.sum(-1)
 
     return value
 
