@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Networks', 'Rows', 'Learners', 'BestEpoch', 'LearnersTrainer', 'train_networks',
-           'check_finite', 'log_loss_gap', 'temperature', 'best_factor',
-           'cross_fitted', 'quiet', 'side_by_side', 'read_list', 'warm_up',
-           'write_scratch', 'train_reward_model']
+           'parameter_groups', 'check_finite', 'log_loss_gap', 'temperature',
+           'best_factor', 'cross_fitted', 'quiet', 'side_by_side', 'read_list',
+           'warm_up', 'write_scratch', 'train_reward_model']
 
 # %% ../nbs/17_experiments.ipynb #cell-3
 import multiprocessing
@@ -100,10 +100,11 @@ class Learners(torch.nn.Module):
         super().__init__()
         self.objectives, self.seeds = objectives, seeds
         self.members = dict.fromkeys(objectives, 1) | (members or {})
-        self.nets = torch.nn.ModuleDict()
+        self.nets = {}  # name → networks; torch's own dictionary takes no name with a dot
         for i, (name, (_, outputs)) in enumerate(objectives.items()):
             networks = seeds * self.members[name]
             self.nets[name] = Networks(networks, features, outputs, seed=1 + i)
+        self.stacks = torch.nn.ModuleList(self.nets.values())  # so that torch finds them
 
     def forward(
         self,
@@ -176,7 +177,8 @@ def train_networks(
     epochs: int = 15,
     batch_size: int = 512,  # pairs a step
     learning_rate: float = 4e-3,  # peak; cosine schedule
-    weight_decay: float = 0.2,
+    weight_decay: float = 0.2,  # of weights; biases have none
+    settings: dict | None = None,  # name → (learning_rate, weight_decay), where its own
     seed: int = 0,  # of the order of pairs
     disable_tqdm: bool = False,  # no progress bar
 ) -> Learners:  # every network with the weights of its best epoch
@@ -185,15 +187,15 @@ def train_networks(
     Raises `FloatingPointError` if a loss is not finite."""
     seeds, _, _, features = train.x.shape
     learners, best = Learners(objectives, seeds, features, members), BestEpoch(valid)
+    settings = dict.fromkeys(objectives, (learning_rate, weight_decay)) | (settings or {})
+    groups = parameter_groups(learners, settings)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), fused=True)
     with TemporaryDirectory() as folder:
         args = TrainingArguments(
             folder,
             num_train_epochs=epochs,
             per_device_train_batch_size=batch_size,
-            learning_rate=learning_rate,
-            weight_decay=weight_decay,
             lr_scheduler_type="cosine",
-            adam_beta2=0.99,
             max_grad_norm=0,
             save_strategy="no",
             logging_strategy="no",
@@ -205,11 +207,22 @@ def train_networks(
             dataloader_pin_memory=False,
         )
         data = dict(train_dataset=train, data_collator=lambda batch: batch)
-        trainer = LearnersTrainer(learners, args, callbacks=[best], **data)
+        data |= dict(callbacks=[best], optimizers=(optimizer, None))
+        trainer = LearnersTrainer(learners, args, **data)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     check_finite(best.last)
     return learners.eval()
+
+
+def parameter_groups(learners: Learners, settings: dict) -> list[dict]:
+    "Weights and biases of each objective, with its own settings."
+    groups = []
+    for name, nets in learners.nets.items():
+        rate, decay = settings[name]
+        groups.append(dict(params=nets.weights, lr=rate, weight_decay=decay))
+        groups.append(dict(params=nets.biases, lr=rate, weight_decay=0))
+    return groups
 
 
 def check_finite(losses: dict[str, torch.Tensor]):

@@ -7,11 +7,11 @@ __all__ = ['GROUPS', 'WEIGHTS', 'TASTES', 'OWNERSHIP', 'SEVERITY', 'UNKNOWN', 'J
            'NODE_WEIGHTS', 'SIDES', 'SHAPES', 'WITHIN', 'MOST', 'Truth',
            'mixture_quantiles', 'check_levels', 'taste_of', 'truth', 'group_means',
            'win_probability', 'check_choice', 'World', 'check_rows', 'truths',
-           'FeatureWorld']
+           'VectorWorld', 'FeatureWorld', 'random_function', 'RandomWorld']
 
 # %% ../nbs/06_synthetic.ipynb #cell-3
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 from zlib import crc32
@@ -248,6 +248,28 @@ def truths(
     return Truth(*(np.stack(part) for part in zip(*truths, strict=True)))
 
 # %% ../nbs/06_synthetic.ipynb #cell-50
+class VectorWorld:
+    "A world whose responses are vectors of eight numbers: how its pairs are drawn."
+
+    judges: str  # `independent` or `same`, as in `win_probability`
+
+    def truth(self, x: np.ndarray) -> Truth:
+        "Reward distributions of responses `[..., 8]`."
+        raise NotImplementedError
+
+    def pairs(
+        self,
+        n: int,  # how many
+        seed: int,  # of responses and votes
+    ) -> tuple[np.ndarray, np.ndarray]:  # `[n, 2, 8]`, chosen first; P(chosen wins), `[n]`
+        "Draw pairs with one vote each."
+        rng = np.random.default_rng(seed)
+        x = rng.normal(size=(n, 2, 8)).astype(np.float32)
+        p = win_probability(self.truth(x[:, 0]), self.truth(x[:, 1]), self.judges)
+        swap = rng.random(n) > p
+        return np.where(swap[:, None, None], x[:, ::-1], x), np.where(swap, 1 - p, p)
+
+# %% ../nbs/06_synthetic.ipynb #cell-51
 SHAPES = {  # shares and offsets of the groups
     "bimodal": ([0.5, 0.5], [-1.0, 1.0]),
     "skewed": ([0.6, 0.3, 0.1], [-0.6, 0.4, 2.4]),
@@ -258,8 +280,8 @@ MOST = 3.0  # the largest division
 
 
 @dataclass(frozen=True)
-class FeatureWorld:
-    "A world whose responses are vectors of eight numbers."
+class FeatureWorld(VectorWorld):
+    "One of three worlds of features, by its shape."
 
     shape: str = "bimodal"  # `bimodal`, `skewed` or `mirror`
     judges: str = "independent"  # an annotator for each response; or `same`: one rates both
@@ -281,14 +303,40 @@ class FeatureWorld:
         means = mean[..., None] + division[..., None] * offsets
         return Truth(np.broadcast_to(shares, means.shape), means, np.full_like(means, WITHIN))
 
-    def pairs(
+# %% ../nbs/06_synthetic.ipynb #cell-56
+def random_function(
+    rng: np.random.Generator,
+) -> Callable[[np.ndarray], np.ndarray]:  # responses `[..., 8]` to numbers `[...]`
+    "A smooth function with mean 0 and standard deviation 1, roughly, over all responses."
+    directions = rng.normal(size=(8, 3))
+    directions /= np.linalg.norm(directions, axis=0)
+    phases = rng.uniform(0, 2 * np.pi, size=2)
+
+    def value(x):
+        along = x @ directions
+        waves = np.sin(1.5 * along[..., 1:] + phases)
+        return 0.8 * along[..., 0] + 0.6 * waves.sum(-1)
+
+    return value
+
+# %% ../nbs/06_synthetic.ipynb #cell-59
+@dataclass(frozen=True)
+class RandomWorld(VectorWorld):
+    "A world with random functions for mean, division and shape of a response's rewards."
+
+    seed: int = 0  # which world
+    judges: str = "independent"  # an annotator for each response; or `same`: one rates both
+
+    def truth(
         self,
-        n: int,  # how many
-        seed: int,  # of responses and votes
-    ) -> tuple[np.ndarray, np.ndarray]:  # `[n, 2, 8]`, chosen first; P(chosen wins), `[n]`
-        "Draw pairs with one vote each."
-        rng = np.random.default_rng(seed)
-        x = rng.normal(size=(n, 2, 8)).astype(np.float32)
-        p = win_probability(self.truth(x[:, 0]), self.truth(x[:, 1]), self.judges)
-        swap = rng.random(n) > p
-        return np.where(swap[:, None, None], x[:, ::-1], x), np.where(swap, 1 - p, p)
+        x: np.ndarray,  # responses, `[..., 8]`
+    ) -> Truth:  # `[..., groups]` each
+        "Reward distributions of responses."
+        x, rng = np.asarray(x, float), np.random.default_rng([self.seed, 6])
+        size, steepness, within = rng.uniform([1, 1, 0.3], [2, 2, 0.6])
+        turn = rng.uniform(0, 2 * np.pi)
+        mean, division, angle = (random_function(rng)(x)[..., None] for _ in range(3))
+        division = MOST * expit(steepness * division)
+        angles = angle + turn + 2 * np.pi * np.arange(3) / 3
+        means = size * mean + division * np.sqrt(2) * np.cos(angles)
+        return Truth(np.full_like(means, 1 / 3), means, np.full_like(means, within))

@@ -2,7 +2,8 @@
 
 import json
 
-from conftest import error
+from conftest import ROOT, error
+from test_project import read_cells
 
 MEASURES = (
     "log_loss_gap",
@@ -17,7 +18,8 @@ MEASURES = (
     "wasserstein_constant",
     "crossing",
 )
-FEATURES = dict(pairs=600, curve=300, seeds="0,1", epochs=1, n_test=100, check=False)
+FEATURES = dict(pairs=1200, paper_pairs=900, curve=600, seeds="0,1", epochs=1, n_test=100)
+TUNING = dict(worlds="0,1", pairs=400, epochs=1, rates="0.002,0.004", decays=0.2, n_test=100)
 TEXT = dict(n_start=100, n_train=100, n_eval=40, seeds="3,4", check=False)
 
 
@@ -30,24 +32,57 @@ def findings(project, name):
 
 
 def test_spread_from_features(project):
-    project.run("studies/spread_features", "runs/spread_features.ipynb", **FEATURES)
+    project.run("studies/spread_features", check=False, **FEATURES)
     results = project.results("spread_features")
     worlds = results["worlds"]
     assert set(worlds) == {"bimodal", "skewed"}
-    assert set(worlds["skewed"]["distributional"]) == {"300", "600"}
-    assert set(worlds["skewed"]["ensemble"]) == {"300", "600"}
-    assert set(worlds["skewed"]["purm"]) == {"600"}
-    found = worlds["bimodal"]["distributional"]["600"]
+    assert set(worlds["skewed"]["distributional"]) == {"600", "900", "1200"}
+    assert set(worlds["skewed"]["ensemble"]) == {"600", "900", "1200"}
+    assert set(worlds["skewed"]["purm"]) == {"1200"}
+    readings = [model for model in worlds["skewed"] if model.startswith("paper,")]
+    assert len(readings) == 5
+    for model in readings:
+        found = worlds["skewed"][model]["900"]
+        assert min(found["factor"]) > 0 and len(found["spread_by_mean"]) == 2
+    found = worlds["bimodal"]["distributional"]["1200"]
     assert all(len(found[measure]) == 2 for measure in MEASURES)
     assert min(found["log_loss_gap"]) > 0
-    assert worlds["bimodal"]["scalar"]["600"]["spread_correlation"] == [0, 0]
-    assert min(worlds["bimodal"]["paper"]["600"]["temperature"]) > 0
+    assert worlds["bimodal"]["scalar"]["1200"]["spread_correlation"] == [0, 0]
+    assert all(0.75 < value < 0.85 for value in results["perfect_coverage"].values())
     assert set(results["same_judge"]["correlation"]) == {"A", "B"}
-    for figure in ("ranges", "curve", "identification"):
+    for figure in ("ranges", "reconstructions", "curve", "identification"):
         assert size(project, f"spread_features/{figure}.png") > 1000
     said = findings(project, "spread_features")
     assert " to " in said["distributional"] and " and " in said["same_judge"]
-    assert said["pairs"] == 600 and said["seeds"] == 2
+    assert said["pairs"] == 1200 and said["seeds"] == 2
+    assert "bimodal" in said["label_with_link"] and len(said["spread_by_mean"]) == 4
+
+
+def test_every_objective_is_tuned_alike(project):
+    project.run("studies/tuning", check=False, **TUNING)
+    results = project.results("tuning")
+    said = findings(project, "tuning")
+    assert set(results["gaps"]) == set(said["settings"]) == set(said["objectives"])
+    assert all(len(gaps) == 2 * 2 for gaps in results["gaps"].values())
+    for model, (rate, decay) in said["settings"].items():
+        low, high = sum(results["gaps"][model][:2]), sum(results["gaps"][model][2:])
+        assert (rate, decay) == (0.002 if low < high else 0.004, 0.2)
+    assert said["pool"] in (0, 0.0001, 0.001, 0.01)
+    assert size(project, "tuning/tuning.png") > 1000
+
+
+def test_the_study_of_features_trains_with_what_was_tuned():
+    cells = [
+        "".join(c["source"]) for c in read_cells(ROOT / "nbs/studies/spread_features.ipynb")
+    ]
+    (table,) = [cell for cell in cells if "\nTUNED = " in cell]
+    stated = {}
+    exec(table, stated)
+    stored = json.loads((ROOT / "nbs/results/tuning.json").read_text())
+    assert {model: list(values) for model, values in stated["TUNED"].items()} == stored[
+        "settings"
+    ]
+    assert stated["POOL"] == stored["pool"]
 
 
 def test_spread_from_text(project):
