@@ -13,8 +13,8 @@ from qr_rlhf.model import load_tokenizer
 
 TINY = dict(
     seeds=2,
-    steps=6,
     evaluate_every=1,
+    evaluations=6,
     kl_budget=0.02,
     prompts_a_step=2,
     generations=2,
@@ -55,8 +55,8 @@ def test_a_policy_stops_when_its_budget_is_spent(results):
             assert (start["step"], start["proxy"]) == (0, pytest.approx(0, abs=1e-9))
             assert abs(start["kl"]) < 1e-4
             assert all(row["kl"] < BUDGET for row in way)
-            assert end["kl"] >= BUDGET or end["step"] == TINY["steps"]
-    assert any(row["step"] < TINY["steps"] for row in results["evaluations"][-1:])
+            assert end["kl"] >= BUDGET or end["step"] == TINY["evaluations"]
+    assert any(row["step"] < TINY["evaluations"] for row in results["evaluations"][-1:])
 
 
 def test_values_are_read_at_the_budget(results):
