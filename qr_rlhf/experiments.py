@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Networks', 'Rows', 'Learners', 'BestEpoch', 'LearnersTrainer', 'train_networks',
            'parameter_groups', 'check_finite', 'log_loss_gap', 'temperature',
-           'best_factor', 'cross_fitted', 'quiet', 'side_by_side', 'read_list',
-           'warm_up', 'write_scratch', 'train_reward_model']
+           'best_factor', 'cross_fitted', 'quiet', 'side_by_side', 'warm_up',
+           'train_reward_model']
 
 # %% ../nbs/17_experiments.ipynb #cell-3
 import multiprocessing
@@ -31,7 +31,8 @@ from transformers.trainer_callback import PrinterCallback
 
 from .analysis import win_logprob
 from .losses import OBJECTIVES, Objective
-from .model import load_reward_model, load_tokenizer, tiny_gpt2, train_tokenizer
+from .model import load_reward_model, load_tokenizer
+from .pipeline import write_scratch
 from .runs import encode_parts, run_arguments
 from .settings import Settings
 from .training import PairTrainer, train_to, warm_up_trainer
@@ -303,16 +304,6 @@ def side_by_side(
     with ProcessPoolExecutor(processes, multiprocessing.get_context("fork")) as pool:
         return list(tqdm(pool.map(function, tasks), **bar))
 
-# %% ../nbs/17_experiments.ipynb #cell-34
-def read_list(
-    given: object,  # such as "0,1,2", as papermill passes it, or a list
-    kind: Callable = str,  # makes an item of its text
-) -> list:
-    "Read a parameter of a notebook that holds several values."
-    text = "" if given is None else str(given).strip("[]()")
-    items = [item.strip(" '\"") for item in text.split(",")]
-    return [kind(item) for item in items if item]
-
 # %% ../nbs/17_experiments.ipynb #cell-37
 def warm_up(
     folder: Path,  # `scratch` and `warm_up` come into it
@@ -335,14 +326,6 @@ def warm_up(
         return warm_up_trainer(start, tokenizer, train, args, valid)
 
     return train_to(folder / "warm_up", make)
-
-
-def write_scratch(folder: Path, pairs: Dataset, settings: Settings):
-    "Write a tokenizer and a GPT-2 with random weights."
-    texts = [pair["prompt"] + pair[side] for pair in pairs for side in ("chosen", "rejected")]
-    train_tokenizer(texts, settings.vocab_size).save_pretrained(folder)
-    sizes = (settings.max_length, settings.n_layer, settings.n_embd, settings.n_head)
-    tiny_gpt2(load_tokenizer(folder), *sizes, seed=0).save_pretrained(folder)
 
 # %% ../nbs/17_experiments.ipynb #cell-40
 def train_reward_model(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VERDICTS', 'describe_run', 'Run', 'begin_run', 'check_evaluation', 'add_backbone',
-           'make_backbone', 'announce', 'warm_up', 'train_models', 'score_models',
+           'write_scratch', 'announce', 'warm_up', 'train_models', 'score_models',
            'length_null', 'collect_results', 'by_metric', 'metrics_table',
            'accuracy_table', 'verdict', 'verdict_markdown', 'intervals_are',
            'length_line', 'spread_lines', 'finish_run']
@@ -125,7 +125,7 @@ def add_backbone(run: Run):
     "Make or find the language model that every reward model of a run starts from."
     run.start = run.folder / "scratch"
     if run.settings.backbone == "scratch":
-        make_backbone(run)
+        write_scratch(run.start, run.pairs["train"], run.settings)
     else:
         run.start = plain_backbone(from_root(run.settings.backbone), run.folder / "backbone")
     run.tokenizer = load_tokenizer(run.start)
@@ -134,14 +134,13 @@ def add_backbone(run: Run):
         run.dropped[part] |= lost
 
 
-def make_backbone(run: Run):
-    "Write a small GPT-2 with random weights, and a tokenizer of the training pairs."
-    pairs, s = run.pairs["train"], run.settings
+def write_scratch(folder: Path, pairs: Dataset, settings: Settings):
+    "Write a small GPT-2 with random weights, and a tokenizer that is learnt from pairs."
     texts = [row["prompt"] + row[side] for row in pairs for side in ("chosen", "rejected")]
-    tokenizer = train_tokenizer(texts, s.vocab_size)
-    tokenizer.save_pretrained(run.start)
-    model = tiny_gpt2(tokenizer, s.max_length, s.n_layer, s.n_embd, s.n_head, seed=0)
-    model.save_pretrained(run.start)
+    tokenizer = train_tokenizer(texts, settings.vocab_size)
+    tokenizer.save_pretrained(folder)
+    sizes = (settings.max_length, settings.n_layer, settings.n_embd, settings.n_head)
+    tiny_gpt2(tokenizer, *sizes, seed=0).save_pretrained(folder)
 
 # %% ../nbs/18_pipeline.ipynb #cell-18
 def announce(title: str, path: Path):

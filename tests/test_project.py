@@ -14,7 +14,7 @@ from nbclient import NotebookClient
 from nbconvert import HTMLExporter
 
 ORDER = """formats chat sources data packing model losses training analysis figures grammar
-synthetic uncertainty large settings runs export policy experiments pipeline studies""".split()
+synthetic uncertainty large settings runs export policy pipeline experiments studies""".split()
 SHOWN = ["index", "run", "report"]
 NOTEBOOKS = [
     *sorted((ROOT / "nbs").glob("*.ipynb")),
