@@ -5,23 +5,19 @@
 # %% auto #0
 __all__ = ['Networks', 'Rows', 'Learners', 'BestEpoch', 'LearnersTrainer', 'train_networks',
            'parameter_groups', 'check_finite', 'log_loss_gap', 'temperature',
-           'best_factor', 'cross_fitted', 'quiet', 'side_by_side', 'warm_up',
+           'best_factor', 'cross_fitted', 'side_by_side', 'warm_up',
            'train_reward_model']
 
 # %% ../nbs/17_experiments.ipynb #cell-3
 import multiprocessing
-import os
-import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import datasets
 import numpy as np
 import torch
-import transformers
 from datasets import Dataset
 from scipy.optimize import minimize_scalar
 from scipy.special import log_expit
@@ -276,19 +272,6 @@ def cross_fitted(
         factor = best_factor(lambda factor, q=seen: -win_logprob(factor * q, link).mean())
         log_win[half] = win_logprob(factor * quantiles[half], link)
     return log_win
-
-# %% ../nbs/17_experiments.ipynb #cell-30
-def quiet(
-    threads: int | None = 1,  # of each process; None leaves their number as it is
-):
-    "Use one thread and show no progress bars or hints: for many small trainings side by side."
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    if threads:
-        torch.set_num_threads(threads)
-    warnings.filterwarnings("ignore", message=".*fork.*")
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
 
 # %% ../nbs/17_experiments.ipynb #cell-31
 def side_by_side(
