@@ -320,7 +320,8 @@ def spread_lines(results: dict) -> list[str]:
     if true:
         told = "- **Spread** (10–90 % range): its rank correlation with the annotators' is"
         lines.append(f"{told} {np.nanmean(true):.2f}.")
-    if true and results["objective"].get("target") == "label":
+    of_means = results["objective"].get("link") == "mean"
+    if true and results["objective"].get("target") == "label" and of_means:
         explained = "a spread says nothing of disagreement (chapter 2)"
         lines[0] += f" With the target `label` {explained}."
     if repeated > 0.9:
