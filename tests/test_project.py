@@ -64,7 +64,7 @@ def test_numbers_of_the_index_come_from_the_stored_results():
     where = {"metadata": {"path": str(ROOT / "nbs")}}
     NotebookClient(fresh, kernel_name="python3", resources=where).execute()
     assert outputs_of(stored) == outputs_of(fresh), "run nbs/index.ipynb and .ci/readme.py"
-    assert len(outputs_of(fresh)) == 2
+    assert len(outputs_of(fresh)) == 3
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
