@@ -26,7 +26,7 @@ def test_ingredients_follow_from_the_rewards_table(ablation, project):
 
 def test_one_output_and_ten_are_both_among_the_recipes(ablation, project):
     rewards = pd.read_parquet(project.folder / "runs" / "ablation" / "harmless/rewards.parquet")
-    levels = rewards.groupby("model").level.nunique()
+    levels = rewards.groupby("model")["level"].nunique()
     assert levels["one output, label"] == 1 and levels["ten outputs, label"] == 10
     assert levels["N = 50"] == 50
 
