@@ -8,6 +8,8 @@ __all__ = ['SHARES', 'spread', 'explained', 'partial_correlation', 'against_trut
            'risk_coverage', 'conformal_verdicts', 'check_alpha']
 
 # %% ../nbs/07_uncertainty.ipynb #cell-3
+from collections.abc import Sequence
+
 import numpy as np
 import pandas as pd
 from datasets import Dataset
@@ -114,13 +116,13 @@ def compare_with_truth(
     return found
 
 # %% ../nbs/07_uncertainty.ipynb #cell-29
-SHARES = np.arange(0.1, 1.01, 0.1)  # of pairs kept
+SHARES = tuple(np.arange(0.1, 1.01, 0.1))  # of pairs kept
 
 
 def risk_coverage(
     certainty: np.ndarray,  # of each pair `[n]`; higher is more certain
     correct: np.ndarray,  # 1 where the pair was ranked right, 0 where wrong, ½ for a tie `[n]`
-    shares: np.ndarray = SHARES,  # of pairs kept
+    shares: Sequence[float] = SHARES,  # of pairs kept
 ) -> pd.Series:  # share → accuracy on the most certain pairs
     "Accuracy on the most certain share of pairs."
     order = np.argsort(-np.asarray(certainty), kind="stable")
