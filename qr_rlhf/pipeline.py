@@ -316,10 +316,11 @@ def length_line(null: dict) -> str:
 def spread_lines(results: dict) -> list[str]:
     "What a run found about the quantile model's spread."
     lines, repeated = [], max(results["spread_by_mean"])
-    true = [row.get("spread_correlation", np.nan) for row in results.get("truth", [])]
+    known = results.get("truth", [])
+    true = [row["spread_correlation"] for row in known if "spread_correlation" in row]
     if true:
         told = "- **Spread** (10–90 % range): its rank correlation with the annotators' is"
-        lines.append(f"{told} {np.nanmean(true):.2f}.")
+        lines.append(f"{told} {np.mean(true):.2f}.")
     of_means = results["objective"].get("link") == "mean"
     if true and results["objective"].get("target") == "label" and of_means:
         explained = "a spread says nothing of disagreement (chapter 2)"

@@ -109,7 +109,7 @@ def compare_with_truth(
         row = dict(model=model, seed=int(seed))
         parts = [np.diff(q.mean(-1), axis=1).ravel() for q in (quantiles, means)]
         row["difference_correlation"] = float(pearsonr(*parts)[0])
-        if model == "quantile":
+        if quantiles.shape[-1] > 1:
             spreads = [spread(q).ravel() for q in (quantiles, true)]
             row["spread_correlation"] = float(spearmanr(*spreads)[0])
         found.append(row)

@@ -226,6 +226,15 @@ def test_report(demo):
     assert "detectable" in report
 
 
+def test_one_output_regresses_on_labels_too(demo):
+    demo.run("run", workload="harmless", name="one", n_quantiles=1, **SMALL)
+    results, rewards = demo.results("one"), read_rewards(demo, "one")
+    assert (rewards.level == 0.5).all() and results["objective"]["target"] == "label"
+    assert not any("spread_correlation" in row for row in results["truth"])
+    said = (demo.folder / "runs" / "out.ipynb").read_text()
+    assert "no lowest and no highest quantile" in said and "stderr" not in said
+
+
 def test_distributional_objective(demo):
     parameters = dict(name="distributional", objective="distributional", **SMALL)
     demo.run("run", "runs/distributional.ipynb", workload="harmless", **parameters)
