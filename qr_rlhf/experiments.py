@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Networks', 'Rows', 'Learners', 'BestEpoch', 'LearnersTrainer', 'train_networks',
            'parameter_groups', 'check_finite', 'log_loss_gap', 'temperature',
-           'best_factor', 'cross_fitted', 'side_by_side', 'warm_up',
-           'train_reward_model']
+           'best_factor', 'objective_temperature', 'cross_fitted', 'side_by_side',
+           'warm_up', 'train_reward_model']
 
 # %% ../nbs/17_experiments.ipynb #cell-3
 import multiprocessing
@@ -259,6 +259,11 @@ def best_factor(loss: Callable) -> float:
     found = minimize_scalar(lambda power: loss(np.exp(power)), bounds=(-4, 4), method="bounded")
     return float(np.exp(found.x))
 
+
+def objective_temperature(objective: Objective, chosen, rejected) -> float:
+    "The factor by which all outputs must be multiplied for the least log-loss of these votes."
+    return best_factor(lambda f: -float(objective.log_win(f * chosen, f * rejected).mean()))
+
 # %% ../nbs/17_experiments.ipynb #x
 def cross_fitted(
     quantiles: np.ndarray,  # `[pairs, 2, N]`, chosen first
@@ -320,7 +325,6 @@ def train_reward_model(
     settings: Settings,  # epochs, learning rate, …
     seed: int = 0,  # of the head's weights and the order of pairs
     prepare: Callable | None = None,  # changes the model before it is trained
-    **kwargs,  # any field of `transformers.TrainingArguments`
 ) -> bool:  # whether it was trained now (or else taken up as finished)
     "Train a reward model from a language model, with an objective and its number of outputs."
     tokenizer = load_tokenizer(start)
@@ -332,8 +336,8 @@ def train_reward_model(
         model = load_reward_model(start, tokenizer, n, seed, family=family)
         if prepare:
             prepare(model)
-        said = dict(seed=seed, learning_rate=settings.learning_rate, disable_tqdm=True) | kwargs
-        args = run_arguments(work, settings, len(train), settings.epochs, **said)
+        rate = dict(seed=seed, learning_rate=settings.learning_rate, disable_tqdm=True)
+        args = run_arguments(work, settings, len(train), settings.epochs, **rate)
         return PairTrainer(model, args, tokenizer, train, valid, objective)
 
     return train_to(folder, make)
