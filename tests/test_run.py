@@ -227,8 +227,8 @@ def test_report(demo):
 
 
 def test_one_output_regresses_on_labels_too(demo):
-    demo.run("run", workload="harmless", name="one", n_quantiles=1, **SMALL)
-    results, rewards = demo.results("one"), read_rewards(demo, "one")
+    demo.run("run", workload="harmless", name="one_output", n_quantiles=1, **SMALL)
+    results, rewards = demo.results("one_output"), read_rewards(demo, "one_output")
     assert (rewards.level == 0.5).all() and results["objective"]["target"] == "label"
     assert not any("spread_correlation" in row for row in results["truth"])
     said = (demo.folder / "runs" / "out.ipynb").read_text()
