@@ -13,6 +13,7 @@ __all__ = ['MARKERS', 'TURN', 'SIDES', 'OPEN', 'split_turns', 'messages_to_text'
 # %% ../nbs/10_formats.ipynb #cell-3
 import os
 import re
+import reprlib
 import traceback
 from itertools import pairwise
 
@@ -188,8 +189,8 @@ def check_row(row: object, where: str) -> None:
     share = row.get("share", 0)
     if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
         raise InputError(
-            f"{where}: the field 'share' is {share!r}; it must be a number from 0 to 1, "
-            "the share of votes for 'chosen', in every row or in none."
+            f"{where}: the field 'share' is {reprlib.repr(share)}; it must be a number from 0 "
+            "to 1, the share of votes for 'chosen', in every row or in none."
         )
 
 # %% ../nbs/10_formats.ipynb #cell-37

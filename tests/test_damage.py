@@ -55,17 +55,29 @@ def nested(values):
 
 values = st.recursive(plain, nested, max_leaves=6)
 
-ASK = "\n\nHuman: My bread is flat.\n\nAssistant:"
-ASKED = [dict(role="user", content="My bread is flat.")]
+QUESTIONS = ["Why?", "Hm?", "How so?", "What now?", "Is it hot?"]  # the first is to evaluate on
 REPLIES = dict(chosen="Try fresh yeast.", rejected="Buy some bread.")
 AS_CHAT = {side: [dict(role="assistant", content=text)] for side, text in REPLIES.items()}
-SHAPES = [
-    {side: f"{ASK} {text}" for side, text in REPLIES.items()},
-    dict(prompt="My bread is flat.", **REPLIES),
-    dict(prompt=ASKED, **AS_CHAT),
-    {side: ASKED + reply for side, reply in AS_CHAT.items()},
-    dict(prompt=ASKED, share=0.9, **AS_CHAT),
-]
+
+
+def in_shapes(question):
+    "A pair in each of the shapes that are read."
+    opening = f"\n\nHuman: {question}\n\nAssistant: "
+    asked = [dict(role="user", content=question)]
+    return [
+        {side: opening + text for side, text in REPLIES.items()},
+        dict(prompt=question, **REPLIES),
+        dict(prompt=asked, **AS_CHAT),
+        {side: asked + reply for side, reply in AS_CHAT.items()},
+        dict(prompt=asked, share=0.9, **AS_CHAT),
+    ]
+
+
+@st.composite
+def good_rows(draw):
+    "Rows of one shape."
+    n, shape = draw(st.integers(1, 5)), draw(st.integers(0, 4))
+    return [copy.deepcopy(in_shapes(question)[shape]) for question in QUESTIONS[:n]]
 
 
 def places(holder):
@@ -79,15 +91,15 @@ def places(holder):
 
 @st.composite
 def damaged_rows(draw):
-    "Rows of one shape; in some of them a value is gone, or another one stands in its place."
-    shape = draw(st.sampled_from(SHAPES))
-    rows = [copy.deepcopy(shape) for _ in range(draw(st.integers(1, 5)))]
+    "Rows in which some value is gone, or another one stands in its place."
+    rows = draw(good_rows())
     for _ in range(draw(st.integers(0, 3))):
         holder, key = draw(st.sampled_from(list(places(rows))))
         if holder is not rows and draw(st.booleans()):
             del holder[key]
         else:
-            holder[key] = draw(values)
+            is_text = isinstance(holder[key], str)
+            holder[key] = draw(words | values if is_text else values)
     return rows
 
 
@@ -127,8 +139,8 @@ def count_rows(data, ending):
     if ending == ".parquet":
         return pq.read_metadata(io.BytesIO(data)).num_rows
     data = gzip.decompress(data) if ending.endswith(".gz") else data
-    text = data.decode("utf-8-sig")
-    return len(json.loads(text)) if text.lstrip().startswith("[") else len(text.splitlines())
+    is_array = data.decode("utf-8-sig").lstrip().startswith("[")
+    return len(json.loads(data)) if is_array else data.removesuffix(b"\n").count(b"\n") + 1
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +172,7 @@ PLACE = r"(line|item|row) \d: |at character \d|no pair is left of the \d rows|fi
 
 @examples(400)
 @given(rows=damaged_rows(), ending=st.sampled_from(ENDINGS))
-@example(rows=[SHAPES[0], []], ending=".json")
+@example(rows=[[], {}], ending=".json")
 def test_a_row_is_read_or_counted_or_named(folder, rows, ending):
     check_loading(folder / f"rows{ending}", in_bytes(rows, ending), PLACE)
 
@@ -172,7 +184,7 @@ def test_a_row_is_read_or_counted_or_named(folder, rows, ending):
 def damaged_files(draw):
     "The bytes of a file of which a part is changed, gone, doubled, or all that is left."
     ending = draw(st.sampled_from(ENDINGS))
-    rows = [draw(st.sampled_from(SHAPES)) for _ in range(draw(st.integers(1, 4)))]
+    rows = draw(good_rows())
     if ending == ".parquet":
         how = dict(compression=draw(st.sampled_from(["none", "snappy", "zstd"])))
         how |= dict(use_dictionary=draw(st.booleans()))
@@ -228,7 +240,7 @@ def test_anything_at_all_is_read_or_named(folder, data, ending):
 @cache
 def tokenizers():
     "One that only ends texts, one with a chat template, one that normalises and begins texts."
-    plain = train_tokenizer(SHAPES[0].values(), 300)
+    plain = train_tokenizer(in_shapes("Why?")[0].values(), 300)
     chat, begins = copy.deepcopy(plain), copy.deepcopy(plain)
     special = dict(eos_token="<|im_end|>", additional_special_tokens=["<|im_start|>"])
     chat.add_special_tokens(special)
