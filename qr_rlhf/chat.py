@@ -18,6 +18,7 @@ from qr_rlhf.formats import (
     OPEN,
     TURN,
     Dropped,
+    InputError,
     check_dialogue,
     check_text,
     messages_to_text,
@@ -95,14 +96,14 @@ def read_chat(
     if isinstance(messages, str) and messages.strip():
         messages = [dict(role="user", content=check_text(messages, where, "it"))]
     if not isinstance(messages, list) or not messages:
-        raise ValueError(f"{where}: {messages!r} is neither a text nor a list of messages.")
+        raise InputError(f"{where}: {messages!r} is neither a text nor a list of messages.")
     try:
         return [
             read_message(message, i == 0, f"{where}: message {i + 1}")
             for i, message in enumerate(messages)
         ]
     except Dropped as reason:
-        raise ValueError(f"{where}: {REASONS[str(reason)]}; leave it out.") from None
+        raise InputError(f"{where}: {REASONS[str(reason)]}; leave it out.") from None
 
 
 REASONS = dict(
@@ -123,7 +124,7 @@ def read_reply(
         return text if marked else " " + text
     messages = read_chat(reply, where)
     if [message["role"] for message in messages] != ["assistant"]:
-        raise ValueError(
+        raise InputError(
             f"{where}: a reply is one message of the assistant; give what comes before it "
             "with the prompt."
         )
@@ -133,15 +134,15 @@ def read_reply(
 def check_responses(responses: Sequence) -> None:
     "Raise `ValueError` unless there is a list of replies."
     if isinstance(responses, str | dict) or not hasattr(responses, "__len__"):
-        raise ValueError(f"responses: {responses!r} is no list of replies; put it into a list.")
+        raise InputError(f"responses: {responses!r} is no list of replies; put it into a list.")
     if not len(responses):
-        raise ValueError("responses: the list is empty; give one reply or more.")
+        raise InputError("responses: the list is empty; give one reply or more.")
 
 
 def check_asked(asked: list[dict]) -> None:
     "Raise `ValueError` unless the user asks."
     if not asked or asked[-1]["role"] != "user":
-        raise ValueError(
+        raise InputError(
             "prompt: it doesn't end with words of the user, which a reply could answer; "
             "give the dialogue up to the user's last message."
         )
@@ -152,7 +153,7 @@ def check_turns(end: re.Pattern, asked: list[dict], texts: list[str]) -> None:
     places = [("prompt", message["content"]) for message in asked]
     for where, text in places + [(f"response {i}", text) for i, text in enumerate(texts)]:
         if found := end.search(text):
-            raise ValueError(
+            raise InputError(
                 f"{where}: {found[0]!r} within a message would be read as the end of its turn; "
                 "leave it out."
             )
@@ -166,9 +167,9 @@ def length_limit(
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     limit = max_length or getattr(config, "reward_max_length", None) or positions
     if limit is None:
-        raise ValueError("max_length: the model names no limit of its own; give max_length.")
+        raise InputError("max_length: the model names no limit of its own; give max_length.")
     if positions and limit > positions:
-        raise ValueError(
+        raise InputError(
             f"max_length: {limit} is more than the model's {positions} positions; "
             f"give at most {positions}."
         )
@@ -183,7 +184,7 @@ def check_fits(
     "Raise `ValueError` where a response doesn't fit."
     longest = max(lengths)
     if start + longest > limit:
-        raise ValueError(
+        raise InputError(
             f"responses: response {int(np.argmax(lengths))} has {longest} tokens "
             f"with its end token, but a sequence may have {limit}; leave it out."
         )

@@ -23,6 +23,7 @@ from qr_rlhf.formats import (
     MARKERS,
     TURN,
     Dropped,
+    InputError,
     apply_template,
     read_row,
     split_turns,
@@ -88,7 +89,7 @@ def load_pairs(
         check_votes(row, rows[0][1], where)
     if not pairs:
         what = f"{len(rows)} rows in {data} ({workload}, {split}); dropped: {dict(dropped)}"
-        raise ValueError(f"data: no pair is left of the {what}.")
+        raise InputError(f"data: no pair is left of the {what}.")
     return Dataset.from_list(pairs), dict(dropped)
 
 
@@ -101,14 +102,14 @@ def read_pair(row: object, where: str) -> dict:
 def check_request(data: object, workload: str, split: str, n: int | None) -> None:
     "Raise `ValueError` for a split, a number or a workload that can't be."
     if split not in ("train", "test"):
-        raise ValueError(f"split: {split!r} is unknown; choose train or test.")
+        raise InputError(f"split: {split!r} is unknown; choose train or test.")
     if n is not None and n < 1:
-        raise ValueError(
+        raise InputError(
             f"n: {n} pairs of the {split} split were asked for; ask for 1 or more."
         )
     if hasattr(data, "rows") and workload not in WORKLOADS:
         known = ", ".join(WORKLOADS)
-        raise ValueError(f"workload: {workload!r} is unknown; choose one of {known}.")
+        raise InputError(f"workload: {workload!r} is unknown; choose one of {known}.")
 
 
 def check_votes(row: dict, first: dict, where: str) -> None:
@@ -117,7 +118,7 @@ def check_votes(row: dict, first: dict, where: str) -> None:
         found, others = ("here", "lack") if "share" in row else ("missing", "have")
         fault = f"{found}, though earlier rows {others} it"
         remedy = "give it in every row or in none"
-        raise ValueError(f"{where}: the field 'share' is {fault}; {remedy}.")
+        raise InputError(f"{where}: the field 'share' is {fault}; {remedy}.")
 
 # %% ../nbs/00_data.ipynb #cell-22
 def hash_share(
@@ -142,7 +143,7 @@ def split_validation(
     train = [i for i, share in enumerate(shares) if share >= fraction]
     valid = [i for i, share in enumerate(shares) if share < fraction]
     if not valid or not train:
-        raise ValueError(
+        raise InputError(
             f"data: of {len(pairs)} training pairs {len(train)} are left to train on "
             f"and {len(valid)} to validate on; give more pairs."
         )
@@ -187,12 +188,12 @@ def check_end_token(tokenizer, plain: list[int], after: list[int]) -> None:
     "Raise `ValueError` for a tokenizer that has no end token, or that writes it unasked."
     name, end = tokenizer.name_or_path or "it", tokenizer.eos_token_id
     if len(plain) > 1 and plain[-1] == end:
-        raise ValueError(
+        raise InputError(
             f"tokenizer: {name} ends every text by itself, as an exported reward model's does; "
             "use the tokenizer of the model that was exported."
         )
     if not after and end is None:
-        raise ValueError(f"tokenizer: {name} has no end token; set tokenizer.eos_token.")
+        raise InputError(f"tokenizer: {name} has no end token; set tokenizer.eos_token.")
 
 # %% ../nbs/00_data.ipynb #cell-39
 def split_ids(
@@ -304,7 +305,7 @@ def encode_pairs(
     encoded = pairs.map(encode, desc="tokenise", **options)
     if not len(encoded):
         what = f"none of {len(pairs)} pairs fits in {max_length} tokens; raise max_length."
-        raise ValueError(min(refusals, default=f"max_length: {what}"))
+        raise InputError(min(refusals, default=f"max_length: {what}"))
     return encoded, dict(dropped)
 
 # %% ../nbs/00_data.ipynb #cell-59

@@ -20,6 +20,7 @@ from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from .analysis import METRICS, format_interval
 from .data import sequence_ends
+from .formats import InputError
 from .runs import versions, write_whole
 from .settings import Settings
 from .sources import hub_id
@@ -90,7 +91,7 @@ def check_ends(copy, tokenizer, before: list[int], after: list[int]):
         found = copy(text)["input_ids"], copy(text, add_special_tokens=False)["input_ids"]
         if found != (wanted, wanted):
             name = tokenizer.name_or_path or type(tokenizer).__name__
-            raise ValueError(
+            raise InputError(
                 f"tokenizer: {name} can't be made to end a text by itself; "
                 "export the model with its own tokenizer, "
                 f"and append {tokenizer.eos_token!r} to every text."

@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from scipy.stats import binomtest
 
 from .analysis import MODELS, PAPER, accuracy, ece, reliability, to_arrays, win_logprob
+from .formats import InputError
 
 # %% ../nbs/05_figures.ipynb #cell-8
 def table1(results: list[dict]) -> pd.DataFrame:
@@ -43,11 +44,11 @@ def table1(results: list[dict]) -> pd.DataFrame:
 
 def check_same_setting(results):
     if not results:
-        raise ValueError("Table 1 needs the results of one run or more.")
+        raise InputError("Table 1 needs the results of one run or more.")
     for key in ("profile", "data", "backbone"):
         if any(r[key] != results[0][key] for r in results):
             names = "; ".join(f"{r['name']}: {r[key]}" for r in results)
-            raise ValueError(f"Runs of different {key} need a table each ({names}).")
+            raise InputError(f"Runs of different {key} need a table each ({names}).")
 
 # %% ../nbs/05_figures.ipynb #cell-11
 COLORS = dict(
@@ -187,7 +188,7 @@ def figure3(
 # %% ../nbs/05_figures.ipynb #cell-24
 def check_two_levels(levels):
     if len(levels) < 2:
-        raise ValueError(
+        raise InputError(
             "Figure 3 needs a quantile model with two levels or more, "
             "but the rewards table has "
             f"{len(levels)}: train one with more quantiles."

@@ -4,14 +4,17 @@
 
 # %% auto #0
 __all__ = ['MARKERS', 'TURN', 'SIDES', 'OPEN', 'split_turns', 'messages_to_text', 'system_text',
-           'text_to_messages', 'Dropped', 'read_message', 'join_parts', 'uses_tools',
-           'check_message', 'check_text', 'read_messages', 'read_row', 'check_row',
-           'read_prompt', 'check_dialogue', 'read_side', 'begins_with',
+           'text_to_messages', 'InputError', 'Dropped', 'read_message', 'join_parts',
+           'uses_tools', 'check_message', 'check_text', 'read_messages', 'read_row',
+           'check_row', 'read_prompt', 'check_dialogue', 'read_side', 'begins_with',
            'read_chat_side', 'check_prompt', 'read_text_side', 'apply_template',
            'write_chat', 'check_turns']
 
 # %% ../nbs/10_formats.ipynb #cell-3
+import os
 import re
+import reprlib
+import traceback
 from itertools import pairwise
 
 from jinja2 import TemplateError
@@ -60,6 +63,15 @@ def text_to_messages(
                 messages.append(dict(role=role, content=content))
     return messages
 
+# %% ../nbs/10_formats.ipynb #cell-e1
+class InputError(ValueError):
+    "What a person gave can't be used; in a notebook the sentence stands alone."
+
+    def _render_traceback_(self) -> list[str]:  # what IPython shows
+        if os.environ.get("QR_RLHF_TRACEBACK"):
+            return ["".join(traceback.format_exception(self))]
+        return [str(self)]
+
 # %% ../nbs/10_formats.ipynb #cell-20
 class Dropped(Exception):
     "A row that can't be used, in a file that is right; the argument is the reason."
@@ -101,9 +113,9 @@ def check_message(message: object, where: str) -> None:
     known = message if isinstance(message, dict) else {}
     if not isinstance(known.get("role"), str) or "content" not in known:
         hint = "; rename from and value to role and content" if "from" in known else ""
-        raise ValueError(f"{where} is no {{'role': ..., 'content': ...}}{hint}.")
+        raise InputError(f"{where} is no {{'role': ..., 'content': ...}}{hint}.")
     if not uses_tools(message) and message["role"] not in ("system", *MARKERS):
-        raise ValueError(
+        raise InputError(
             f"{where} has the role {message['role']!r}; use system, user and assistant."
         )
 
@@ -112,9 +124,9 @@ def check_text(text: object, where: str, what: str) -> str:
     "Return a string unchanged; raise `ValueError` for anything else."
     if not isinstance(text, str):
         kind = type(text).__name__
-        raise ValueError(f"{where}: {what} is of type {kind}; it must be a string.")
+        raise InputError(f"{where}: {what} is of type {kind}; it must be a string.")
     if any("\ud800" <= c <= "\udfff" for c in text):
-        raise ValueError(
+        raise InputError(
             f"{where}: {what} holds half a surrogate pair, which is no character; "
             "save the file as UTF-8."
         )
@@ -153,32 +165,32 @@ def read_row(
 def check_row(row: object, where: str) -> None:
     "Raise `ValueError` unless sides are two strings or two lists, and the share is in 0 to 1."
     if not isinstance(row, dict):
-        raise ValueError(
+        raise InputError(
             f"{where}: this is of type {type(row).__name__}, "
             "but should be an object with 'chosen' and 'rejected'."
         )
     for side in SIDES:
         if row.get(side) is None:
-            raise ValueError(
+            raise InputError(
                 f"{where}: the field '{side}' is missing; "
                 "each row needs 'chosen' and 'rejected', "
                 f"and has {', '.join(map(repr, row)) or 'nothing'}."
             )
         if not isinstance(row[side], (str, list)):
-            raise ValueError(
+            raise InputError(
                 f"{where}: the field '{side}' is of type {type(row[side]).__name__}; "
                 "it must be a string or a list of messages."
             )
     if type(row["chosen"]) is not type(row["rejected"]):
-        raise ValueError(
+        raise InputError(
             f"{where}: of 'chosen' and 'rejected' one is a string and the other "
             "a list of messages; both must be the same."
         )
     share = row.get("share", 0)
     if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
-        raise ValueError(
-            f"{where}: the field 'share' is {share!r}; it must be a number from 0 to 1, "
-            "the share of votes for 'chosen', in every row or in none."
+        raise InputError(
+            f"{where}: the field 'share' is {reprlib.repr(share)}; it must be a number from 0 "
+            "to 1, the share of votes for 'chosen', in every row or in none."
         )
 
 # %% ../nbs/10_formats.ipynb #cell-37
@@ -199,7 +211,7 @@ def read_prompt(
     else:
         text = f"{MARKERS['user']} {prompt}" if prompt.strip() else ""
     if split_turns(text)[-1].startswith(MARKERS["assistant"]):
-        raise ValueError(
+        raise InputError(
             f"{where}: the prompt ends with words of the assistant, which a reply can't go on "
             "with; move them to the start of 'chosen' and 'rejected'."
         )
@@ -209,7 +221,7 @@ def read_prompt(
 def check_dialogue(text: object, where: str, what: str) -> str:
     "As `check_text`; raise `ValueError` too where the first marker lacks its two line breaks."
     if re.match(r"\s*(Human|Assistant):", system_text(check_text(text, where, what))):
-        raise ValueError(
+        raise InputError(
             f"{where}: {what} starts with {text.lstrip()[:10]!r} but not with two line breaks "
             "before it, as turns in HH-RLHF's form do; put them there."
         )
@@ -252,7 +264,7 @@ def read_chat_side(messages: list, prompt: str | None, where: str) -> str:
 def check_prompt(prompt: str | None, fault: str, remedy: str) -> None:
     "A reply needs a prompt: without one raise `ValueError`, with an empty one `Dropped`."
     if prompt is None:
-        raise ValueError(f"{fault} and there is no prompt; give a field 'prompt', or {remedy}.")
+        raise InputError(f"{fault} and there is no prompt; give a field 'prompt', or {remedy}.")
     if prompt == "":
         raise Dropped("empty")
 
@@ -291,7 +303,7 @@ def apply_template(
     start = write_chat(tokenizer, prompt, add_generation_prompt=is_open)
     wholes = [write_chat(tokenizer, whole) for whole in wholes]
     if not all(whole.startswith(start) for whole in wholes):
-        raise ValueError(
+        raise InputError(
             "template: the tokenizer's chat template writes a prompt otherwise when a response "
             "follows, so that the two can't be parted; take a tokenizer with another template, "
             "or set its chat_template to None."
@@ -307,7 +319,7 @@ def write_chat(tokenizer, messages: list[dict], **options) -> str:
         return tokenizer.apply_chat_template(messages, tokenize=False, **options)
     except TemplateError as error:
         said = " ".join(str(error).split())[:200]
-        raise ValueError(
+        raise InputError(
             f"template: the tokenizer's chat template refuses a dialogue ({said})."
         ) from None
 
@@ -315,7 +327,7 @@ def write_chat(tokenizer, messages: list[dict], **options) -> str:
 def check_turns(prompt: str) -> None:
     "Raise `ValueError` for a prompt that can't be read as messages."
     if prompt and not TURN.search(prompt):
-        raise ValueError(
+        raise InputError(
             "prompt: it has no turn in HH-RLHF's form, so the chat template can't be applied; "
             "give messages, or '\\n\\nHuman: ...\\n\\nAssistant:'."
         )

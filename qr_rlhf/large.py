@@ -21,6 +21,7 @@ from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
+from .formats import InputError
 from .model import load_reward_model, load_tokenizer, local_or_hub
 from .packing import find_head
 from .sources import root_path
@@ -46,7 +47,7 @@ def need(
     try:
         return importlib.import_module(package)
     except ImportError:
-        raise ValueError(
+        raise InputError(
             f"lora_rank, load_in_4bit: these need the package {package}; install it, "
             "or leave them out."
         ) from None
@@ -100,7 +101,7 @@ def trainable_model(
 def check_trainable(lora_rank: int | None, load_in_4bit: bool | None):
     "Raise `ValueError` for 4 bits without an adapter."
     if load_in_4bit and not lora_rank:
-        raise ValueError(
+        raise InputError(
             "load_in_4bit: weights in 4 bits can't be trained; give lora_rank too, such as 16."
         )
 
@@ -174,7 +175,7 @@ def naming_base(whose: str):
     try:
         yield
     except ValueError as error:
-        raise ValueError(
+        raise InputError(
             f"{whose} can't be had ({error}) "
             "Correct base_model_name_or_path in its adapter_config.json."
         ) from None
@@ -209,7 +210,7 @@ def check_complete(adapter: Path):
     "Raise `ValueError` for a saved adapter without LoRA weights."
     with safe_open(adapter / "adapter_model.safetensors", "pt") as f:
         if not any("lora_" in k for k in f.keys()):
-            raise ValueError(
+            raise InputError(
                 f"{adapter.parent}: the saved adapter holds no LoRA weights; "
                 "train it in another way of distribution."
             )
@@ -279,7 +280,7 @@ def embedding_rows(adapter: Path) -> int | None:
 def check_mergeable(name: str | Path, adapter: Path, task_type: str):
     "Raise `ValueError` for an adapter of anything but a causal language model."
     if task_type != "CAUSAL_LM" or not (adapter / "adapter_model.safetensors").exists():
-        raise ValueError(
+        raise InputError(
             f"backbone: {name} is an adapter (task_type {task_type}) that can't be merged; "
             "give one of a causal language model (CAUSAL_LM) with adapter_model.safetensors, "
             "or a whole model."

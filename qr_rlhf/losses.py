@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch.nn.functional import huber_loss, logsigmoid, pad
 
+from .formats import InputError
 from .model import normal_quantiles, quantile_levels, read_link, read_quantiles
 
 # %% ../nbs/02_losses.ipynb #cell-6
@@ -152,7 +153,7 @@ class PaperObjective(Objective):
         check_choice("target", self.target, ("label", "shift", "own", "none"))
         check_choice("link", self.link, ("mean", "distributional"))
         if self.kappa < 0 or self.weight < 0:
-            raise ValueError(
+            raise InputError(
                 f"kappa and weight: {self.kappa} and {self.weight} were given; "
                 "neither may be negative."
             )
@@ -161,7 +162,7 @@ class PaperObjective(Objective):
 def check_choice(name: str, value: str, known: Iterable[str]) -> None:
     "Raise `ValueError` if `value` is not among the known ones."
     if value not in known:
-        raise ValueError(f"{name}: {value!r} is unknown; choose one of {', '.join(known)}.")
+        raise InputError(f"{name}: {value!r} is unknown; choose one of {', '.join(known)}.")
 
 # %% ../nbs/02_losses.ipynb #cell-55
 @dataclass(frozen=True)
@@ -197,7 +198,7 @@ class DistributionalObjective(Objective):
     def __post_init__(self):
         check_choice("family", self.family, ("normal", "free"))
         if self.pool < 0:
-            raise ValueError(f"pool: {self.pool} was given; it may not be negative.")
+            raise InputError(f"pool: {self.pool} was given; it may not be negative.")
 
 # %% ../nbs/02_losses.ipynb #cell-60
 def difference_scale(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
@@ -308,7 +309,7 @@ def check_objective(
         fits = False
     if not fits:
         family = getattr(config, "quantile_family", None)
-        raise ValueError(
+        raise InputError(
             f"objective: {objective} reads outputs otherwise than the model, which has "
             f"{config.num_labels} outputs and the family {family!r}; load the model with the "
             "family and the n of the objective, or leave the objective out."

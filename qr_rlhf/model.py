@@ -33,6 +33,7 @@ from transformers import (
 
 from .chat import check_fits, length_limit, read_request
 from .data import encode_dialogue, sequence_ends, special_ids
+from .formats import InputError
 from .packing import find_head, outputs_of_responses
 
 # %% ../nbs/01_model.ipynb #cell-7
@@ -67,7 +68,7 @@ def cvar_weights(
 def check_tail(alpha):
     if not 0 < alpha <= 1:
         remedy = "give a number above 0 and at most 1"
-        raise ValueError(f"alpha: {alpha} is no share of the lower tail; {remedy}.")
+        raise InputError(f"alpha: {alpha} is no share of the lower tail; {remedy}.")
 
 # %% ../nbs/01_model.ipynb #cell-19
 @dataclass(frozen=True)
@@ -115,14 +116,13 @@ class RewardDistribution:
 def check_level(level, n):
     low, high = 1 / (2 * n), 1 - 1 / (2 * n)
     if not low - 1e-6 <= level <= high + 1e-6:
-        raise ValueError(
-            f"level: {level} is outside the {n} predicted levels, {low:g} to {high:g}."
-        )
+        known = f"the {n} predicted levels, {low:g} to {high:g}"
+        raise InputError(f"level: {level} is outside {known}.")
 
 
 def check_link(link, other):
     if link not in ("mean", "distributional") or link != other:
-        raise ValueError(
+        raise InputError(
             f"link: {link!r} and {other!r} were given, but prob_beats needs the model's, as in "
             "RewardDistribution(quantiles, read_link(model.config))."
         )
@@ -143,7 +143,7 @@ def local_or_hub(
     except (OSError, ValueError, RuntimeError) as error:
         problem = str(error).strip().splitlines()[0][:200]
     if folder.is_dir():
-        raise ValueError(
+        raise InputError(
             f"backbone: {folder} can't be loaded ({problem}); "
             "give a folder with a model and its tokenizer, weights as safetensors."
         )
@@ -151,7 +151,7 @@ def local_or_hub(
         HfApi().model_info(str(name), timeout=5)
         return load(str(name), **kwargs)
     except Exception as error:
-        raise ValueError(
+        raise InputError(
             f"backbone: '{name}' is no folder and can't be had from the Hub "
             f"({type(error).__name__}); check the name and the network, "
             "or give a local folder with the model and its tokenizer."
@@ -173,10 +173,10 @@ def load_tokenizer(
 def check_tokenizer(tokenizer, name):
     it = f"backbone: the tokenizer of {name}"
     if not tokenizer.is_fast:
-        raise ValueError(f"{it} is not a fast one; save it with a tokenizer.json.")
+        raise InputError(f"{it} is not a fast one; save it with a tokenizer.json.")
     ids = tokenizer("Hello, world!", add_special_tokens=False)["input_ids"]
     if not ids or set(ids) == {tokenizer.unk_token_id}:
-        raise ValueError(f"{it} makes no tokens of a text; give its tokenizer.json, too.")
+        raise InputError(f"{it} makes no tokens of a text; give its tokenizer.json, too.")
 
 # %% ../nbs/01_model.ipynb #cell-33
 def train_tokenizer(
@@ -248,16 +248,16 @@ def choose_head(config, name, n, family):
     if levels or kinds[0].endswith("ForSequenceClassification"):
         own = len(levels or range(config.num_labels)), getattr(config, "quantile_family", None)
         if (own[0] if n is None else n, family or own[1]) != own:
-            raise ValueError(
+            raise InputError(
                 f"n, family: {n} and {family!r} were given, but {name} is a reward model with "
                 f"{own[0]} and {own[1]!r}; leave n and family out."
             )
         return own
     if n is None or n < 1:
         problem = f"n: {n} was given, but {name} has no head yet"
-        raise ValueError(f"{problem}; say how many quantiles it gets, such as n=10.")
+        raise InputError(f"{problem}; say how many quantiles it gets, such as n=10.")
     if family not in (None, "normal", "free"):
-        raise ValueError(f"family: {family!r} is unknown; choose normal or free, or none.")
+        raise InputError(f"family: {family!r} is unknown; choose normal or free, or none.")
     return n, family
 
 
@@ -265,7 +265,7 @@ def set_dropout(model, dropout):
     layers = [m for m in model.modules() if isinstance(m, torch.nn.Dropout)]
     if dropout and not layers:
         kind = type(model).__name__
-        raise ValueError(f"dropout: {kind} has no dropout layers; leave dropout out.")
+        raise InputError(f"dropout: {kind} has no dropout layers; leave dropout out.")
     for layer in layers:
         layer.p = dropout
 
@@ -341,10 +341,10 @@ def output_weights(config, weights):
     if weights is None:
         return [1.0, 0.0] if family == "normal" else [1 / n] * n
     if family:
-        raise ValueError(
+        raise InputError(
             f"weights: outputs of the family {family!r} are not quantiles themselves, "
             "so only the mean can be folded; leave weights out."
         )
     if len(weights) != n:
-        raise ValueError(f"weights: {len(weights)} were given for {n} outputs; give {n}.")
+        raise InputError(f"weights: {len(weights)} were given for {n} outputs; give {n}.")
     return list(weights)

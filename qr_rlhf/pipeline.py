@@ -40,6 +40,7 @@ from qr_rlhf.data import (
     split_validation,
 )
 from .export import model_card, write_card
+from .formats import InputError
 from .large import keep_adapter, plain_backbone
 from .model import load_tokenizer, tiny_gpt2, train_tokenizer
 from .runs import open_run, reward_trainer, run_arguments, versions, write_whole
@@ -115,7 +116,7 @@ def begin_run(
 def check_evaluation(pairs: Dataset):
     "Refuse fewer evaluation pairs than an interval needs."
     if len(pairs) < 12:
-        raise ValueError(
+        raise InputError(
             f"data: {len(pairs)} pairs are left to evaluate on, but intervals need 12 or more; "
             "give more pairs, or a test part of its own."
         )

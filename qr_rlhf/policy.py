@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from .chat import own_turn, turn_end
 from .export import ending_tokenizer, export_card, write_card
+from .formats import InputError
 from .model import RewardDistribution, cvar_weights, score, to_scalar
 
 # %% ../nbs/08_policy.ipynb #cell-6
@@ -48,7 +49,7 @@ class RiskMeasure:
                 return cvar_weights(n, self.parameter)
             case "mean_spread":
                 return (each.mean() - self.parameter * each.interquantile_range()).tolist()
-        raise ValueError(
+        raise InputError(
             "measure: entropic is not linear in the quantiles, "
             "so it can't be folded into a head; use reward_function, which computes it."
         )
@@ -71,14 +72,14 @@ MEASURES = dict(mean=None, quantile=SHARE, cvar=SHARE, mean_spread=POSITIVE, ent
 
 def check_measure(name: str, parameter: float | None):
     if name not in MEASURES:
-        raise ValueError(f"measure: {name!r} is unknown; choose one of {', '.join(MEASURES)}.")
+        raise InputError(f"measure: {name!r} is unknown; choose one of {', '.join(MEASURES)}.")
     bounds = MEASURES[name]
     if (parameter is None) != (bounds is None):
         wanted = f"a parameter, such as {name} 0.2" if bounds else "no parameter"
-        raise ValueError(f"measure: {name} takes {wanted}.")
+        raise InputError(f"measure: {name} takes {wanted}.")
     if bounds and not bounds[0] < parameter <= bounds[1]:
         wanted = "a number above 0" + (" and at most 1" if bounds[1] == 1 else "")
-        raise ValueError(
+        raise InputError(
             f"measure: {name} can't have the parameter {parameter}; give {wanted}."
         )
 
@@ -91,7 +92,7 @@ def read_measure(
     try:
         (parameter,) = [float(word) for word in rest] or [None]
     except ValueError:
-        raise ValueError(
+        raise InputError(
             f"measure: {text!r} can't be read; write a name and at most one number, "
             "such as cvar 0.2."
         ) from None

@@ -29,6 +29,7 @@ from matplotlib.figure import Figure
 from transformers import TrainingArguments
 
 from .data import data_hash, encode_pairs, load_pairs, split_validation
+from .formats import InputError
 from .large import keep_adapter, plain_backbone, trainable_model
 from .model import load_tokenizer
 from .settings import Settings, make_settings, parameters
@@ -85,7 +86,7 @@ def open_run(
     try:
         lock.acquire()
     except Timeout:
-        raise ValueError(
+        raise InputError(
             f"{folder.name}: another process is working on this run; wait for it, "
             "or give this one another name."
         ) from None
@@ -93,7 +94,7 @@ def open_run(
     if path.exists() and {p.name for p in folder.iterdir()} - {path.name, ".lock"}:
         if changes := find_changes(json.loads(path.read_text()), settings):
             lock.release()
-            raise ValueError(
+            raise InputError(
                 f"{folder.name}: this run exists with other settings ({changes}); "
                 "give another name, or delete its folder."
             )
@@ -152,7 +153,7 @@ def reward_trainer(
     if model == "quantile":
         n, objective = settings.n_quantiles, settings.make_objective()
     if sharded() and settings.lora_rank:
-        raise ValueError(
+        raise InputError(
             "lora_rank: adapters are not trained under FSDP here; "
             "launch without --config_file, so that each device "
             "holds the frozen backbone, or leave lora_rank out."
@@ -217,7 +218,7 @@ def read_arguments(arguments: list[str]) -> tuple[str | None, Settings]:
     name, settings = given.pop("name"), make_settings(**given)
     made_here = settings.data == "synthetic" or settings.backbone == "scratch"
     if made_here or settings.warm_up_epochs:
-        raise ValueError(
+        raise InputError(
             "launch: the embedded world, a backbone from scratch and warm-up belong to "
             "nbs/run.ipynb; give data and backbone, and warm_up_epochs 0."
         )

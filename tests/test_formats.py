@@ -298,7 +298,8 @@ BROKEN = {
     "short.jsonl.gz": (gzip.compress(LINE.encode())[:-9], "damaged"),
     "plain.jsonl.gz": (LINE, "damaged"),
     "half.jsonl": ('{"chosen": "\\n\\nHuman: \\ud800", "rejected": ""}', "surrogate"),
-    "bad.parquet": (LINE, "no Parquet file"),
+    "bad.parquet": (LINE, "can't be read (damaged"),
+    "table.csv": ("chosen,rejected\nHm.,No.", "table.csv: only files in .jsonl, .json"),
     "deep.jsonl": ("[" * 100_000, "beyond all measure"),
 }
 
@@ -316,6 +317,12 @@ def test_what_cannot_be_found_is_named(tmp_path):
     for source in ("./no-such-folder", "no-such-file.jsonl"):
         assert "there is no file or folder" in refusal(load, source)
     assert "neither a file nor a folder nor" in refusal(load, "what is this?")
+
+    Dataset.from_list([PAIR]).save_to_disk(tmp_path / "saved")
+    DatasetDict(train=Dataset.from_list([PAIR])).save_to_disk(tmp_path / "saved_too")
+    for saved in ("saved", "saved_too"):
+        said = "was written by save_to_disk of datasets, in Arrow's format"
+        assert said in refusal(load, tmp_path / saved)
 
     own = tmp_path / "own"
     own.mkdir()

@@ -10,14 +10,27 @@ from conftest import ROOT
 
 from qr_rlhf import runs
 from qr_rlhf.runs import launch, open_run, run_arguments, save_figure, versions, write_whole
-from qr_rlhf.settings import FIELDS, PROFILES, make_settings, parameter_lines, read_value
+from qr_rlhf.settings import (
+    FIELDS,
+    FIRST,
+    PROFILES,
+    make_settings,
+    parameter_lines,
+    parameters,
+    read_value,
+)
 
 
 def test_run_ipynb_has_the_described_parameters():
     cells = json.loads((ROOT / "nbs" / "run.ipynb").read_text(encoding="utf-8"))["cells"]
-    cell = next(c for c in cells if c["metadata"].get("tags") == ["parameters"])
-    assert "".join(cell["source"]).splitlines() == parameter_lines()
-    assert max(map(len, parameter_lines())) <= 100
+    tagged = {t: c for c in cells for t in c["metadata"].get("tags", [])}
+    shown, listed = (
+        "".join(tagged[tag]["source"]).splitlines()
+        for tag in ("injected-parameters", "parameters")
+    )
+    assert shown == ["# Parameters", *parameter_lines(FIRST)] and len(FIRST) == 12
+    assert listed == parameter_lines(parameters()) and max(map(len, listed)) <= 100
+    assert tagged["parameters"]["metadata"]["jupyter"]["source_hidden"]
     assert all(field.metadata["help"] for field in FIELDS.values())
 
 
@@ -66,7 +79,7 @@ def test_a_value_that_is_none_is_refused_by_name(name, given):
     ("given", "words"),
     [
         (dict(workload="x"), "choose one of helpful, harmless."),
-        (dict(batch=3), "batch is no setting"),
+        (dict(batch=3), "batch: there is no such setting; the nearest is batch_size."),
         (dict(n_eval=3), "n_eval: 3 is too small; the least is 12."),
         (dict(epochs=0), "epochs: 0.0 is too small"),
         (dict(lora_rank=0), "lora_rank: 0 is too small; the least is 1."),
