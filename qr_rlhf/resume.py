@@ -203,11 +203,12 @@ def last_checkpoint(
     found = {int(p.name.split("-")[1]): p for p in Path(folder).glob("checkpoint-*")}
     for _, checkpoint in sorted(found.items(), reverse=True):
         needed = {checkpoint, best_of(checkpoint) or checkpoint}
-        damage = [f"{p.name}: {wrong}" for p in needed if (wrong := find_damage(p))]
+        damage = [f"{p.name}/{wrong}" for p in needed if (wrong := find_damage(p))]
         if not damage:
             return str(checkpoint)
         if first_process():
-            print(f"{checkpoint}: passed over ({'; '.join(damage)})", flush=True)
+            wrong = " and ".join(damage)
+            print(f"{folder}: {wrong}; {checkpoint.name} is passed over", flush=True)
 
 
 def best_of(checkpoint: Path) -> Path | None:
