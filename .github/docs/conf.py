@@ -1,13 +1,14 @@
 """The docs as a site: Sphinx on the notebooks that nbdev has processed; nothing is executed.
 
 python -c "from nbdev.serve import proc_nbs; proc_nbs()"
-sphinx-build -W --keep-going -c .github/docs _proc _docs
+sphinx-build -W --keep-going -c .github/docs _proc _docs/html
 """
 
 import json
 import re
 from pathlib import Path
 
+import yaml
 from nbdev.config import get_config
 
 PAGES = Path(__file__).parents[2] / "_proc"
@@ -16,7 +17,7 @@ SITE = get_config().doc_host + get_config().doc_baseurl
 project, html_title = get_config().lib_name, get_config().title
 copyright = get_config().copyright
 extensions = ["myst_nb"]
-html_theme = "furo"
+html_theme, html_static_path, html_css_files = "furo", ["static"], ["wide.css"]
 nb_execution_mode = "off"
 nb_render_markdown_format = "myst"
 nb_merge_streams = True
@@ -26,11 +27,11 @@ myst_dmath_double_inline = True
 suppress_warnings = ["myst.header", "mystnb.unknown_mime_type"]
 
 
-def read_page(path: Path) -> tuple[dict[str, str], dict]:
+def read_page(path: Path) -> tuple[dict, dict]:
     "What stands at the top of a notebook (title, question, name of its module), and the rest."
     notebook = json.loads(path.read_text(encoding="utf-8"))
-    head = "".join(notebook["cells"][0]["source"]).strip("-\n ").replace("\n  ", " ")
-    return dict(line.split(": ", 1) for line in head.splitlines() if ": " in line), notebook
+    head = "".join(notebook["cells"][0]["source"]).strip("-\n ")
+    return yaml.safe_load(head), notebook
 
 
 def modules() -> dict[str, str]:  # module → page
