@@ -29,9 +29,10 @@ from .analysis import win_logprob
 from .losses import OBJECTIVES, Objective
 from .model import load_reward_model, load_tokenizer
 from .pipeline import write_scratch
+from .resume import train_to
 from .runs import encode_parts, run_arguments
 from .settings import Settings
-from .training import PairTrainer, train_to, warm_up_trainer
+from .training import PairTrainer, warm_up_trainer
 
 # %% ../nbs/17_experiments.ipynb #cell-6
 class Networks(torch.nn.Module):

@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, P
 from .formats import InputError
 from .model import load_reward_model, load_tokenizer, local_or_hub
 from .packing import find_head
+from .resume import write_folder
 from .sources import root_path
 
 # %% ../nbs/14_large.ipynb #cell-10
@@ -221,15 +222,15 @@ def plain_backbone(
     folder: str | Path,  # where the merged model goes, if there is something to merge
 ) -> str | Path:  # what to load: `name`, or `folder`
     "Merge a language model's adapter into its base; raises `ValueError` if that can't be done."
-    folder = Path(folder)
     if not is_adapter(name):
         return name
-    if not folder.exists():
-        work = folder.with_name(folder.name + ".working")
+
+    def write(place):
         for part in merge_language_model(name):
-            part.save_pretrained(work)
-        work.rename(folder)
-    return folder
+            part.save_pretrained(place)
+
+    write_folder(folder, write)
+    return Path(folder)
 
 # %% ../nbs/14_large.ipynb #cell-45
 def is_adapter(

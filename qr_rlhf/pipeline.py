@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['VERDICTS', 'describe_run', 'Run', 'begin_run', 'check_evaluation', 'add_backbone',
-           'write_scratch', 'announce', 'warm_up', 'train_models', 'score_models',
-           'length_null', 'collect_results', 'by_metric', 'metrics_table',
-           'accuracy_table', 'verdict', 'verdict_markdown', 'intervals_are',
-           'length_line', 'spread_lines', 'finish_run']
+           'write_scratch', 'warm_up', 'train_models', 'score_models', 'length_null',
+           'collect_results', 'by_metric', 'metrics_table', 'accuracy_table',
+           'verdict', 'verdict_markdown', 'intervals_are', 'length_line',
+           'spread_lines', 'finish_run']
 
 # %% ../nbs/18_pipeline.ipynb #cell-3
 import dataclasses
@@ -43,11 +43,12 @@ from .export import model_card, write_card
 from .formats import InputError
 from .large import keep_adapter, plain_backbone
 from .model import load_tokenizer, tiny_gpt2, train_tokenizer
-from .runs import open_run, reward_trainer, run_arguments, versions, write_whole
+from .resume import read_json, train_to, write_folder, write_whole
+from .runs import open_run, read_rewards, reward_trainer, run_arguments, versions
 from .settings import Settings
 from .sources import WORKLOADS, from_root, hub_id, root_path
 from .synthetic import World
-from .training import rewards_table, score_pairs, train_to, warm_up_trainer
+from .training import rewards_table, score_pairs, warm_up_trainer
 from .uncertainty import compare_with_truth, explained, spread
 
 # %% ../nbs/18_pipeline.ipynb #cell-7
@@ -126,7 +127,8 @@ def add_backbone(run: Run):
     "Make or find the language model that every reward model of a run starts from."
     run.start = run.folder / "scratch"
     if run.settings.backbone == "scratch":
-        write_scratch(run.start, run.pairs["train"], run.settings)
+        make = partial(write_scratch, pairs=run.pairs["train"], settings=run.settings)
+        write_folder(run.start, make)
     else:
         run.start = plain_backbone(from_root(run.settings.backbone), run.folder / "backbone")
     run.tokenizer = load_tokenizer(run.start)
@@ -144,12 +146,6 @@ def write_scratch(folder: Path, pairs: Dataset, settings: Settings):
     tiny_gpt2(tokenizer, *sizes, seed=0).save_pretrained(folder)
 
 # %% ../nbs/18_pipeline.ipynb #cell-18
-def announce(title: str, path: Path):
-    "Say that what makes `path` starts now, or that it was finished before."
-    doing = "taken up, it was finished already" if path.exists() else "starts now"
-    print(f"{title}: {doing}", flush=True)
-
-
 def warm_up(run: Run):
     "Train the backbone on the chosen dialogues, if the settings ask for it."
     s, start, folder = run.settings, run.start, run.folder / "warm_up"
@@ -161,8 +157,7 @@ def warm_up(run: Run):
         return warm_up_trainer(start, run.tokenizer, train, args, valid)
 
     if s.warm_up_epochs:
-        announce("warm-up of the backbone", folder)
-        train_to(folder, make)
+        train_to(folder, make, title="warm-up of the backbone")
         run.start = folder
 
 
@@ -173,16 +168,17 @@ def train_models(run: Run):
     finish = [keep_adapter] if run.settings.lora_rank else []
     folders = run.folders()
     for i, ((model, seed), folder) in enumerate(folders.items(), start=1):
-        announce(f"training {i} of {len(folders)}: {model} model, seed {seed}", folder)
-        train_to(folder, partial(reward_trainer, model=model, seed=seed, **common), *finish)
+        title = f"training {i} of {len(folders)}: {model} model, seed {seed}"
+        make = partial(reward_trainer, model=model, seed=seed, **common)
+        if train_to(folder, make, *finish, title=title):
+            (run.folder / "rewards.parquet").unlink(missing_ok=True)  # of an earlier model
 
 # %% ../nbs/18_pipeline.ipynb #cell-22
 def score_models(run: Run) -> pd.DataFrame:  # the rewards table of all models
-    "Score the evaluation pairs with every model."
+    "Score the evaluation pairs with every model, unless that was done before."
     path, tables = run.folder / "rewards.parquet", []
-    announce(path.name, path)
-    if path.exists():
-        return pd.read_parquet(path)
+    if (rewards := read_rewards(path)) is not None:
+        return rewards
     for (model, seed), folder in run.folders().items():
         loaded = AutoModelForSequenceClassification.from_pretrained(folder)
         precision = run.settings.precision
@@ -339,8 +335,7 @@ def finish_run(
 ) -> dict:  # the results as they were written
     "Write a run's results and its checkpoints' cards, and let go of its folder."
     path = run.folder / "results.json"
-    before = json.loads(path.read_text()) if path.exists() else {}
-    results = results | dict(seconds=before.get("seconds", round(seconds, 1)))
+    results = results | dict(seconds=read_json(path).get("seconds", round(seconds, 1)))
     for (model, seed), folder in run.folders().items():
         write_card(folder, model_card(folder, run.settings, results, model, seed))
     write_whole(path, lambda temporary: temporary.write_text(json.dumps(results, indent=1)))

@@ -4,16 +4,12 @@
 
 # %% auto #0
 __all__ = ['MOSS_RLHF', 'LengthSampler', 'pair_metrics', 'LengthTrainer', 'check_processes',
-           'PairTrainer', 'check_finite', 'training_arguments', 'last_checkpoint',
-           'is_whole', 'train_to', 'hold', 'warm_up_trainer', 'score_pairs',
-           'rewards_table']
+           'PairTrainer', 'check_finite', 'training_arguments', 'warm_up_trainer',
+           'score_pairs', 'rewards_table']
 
 # %% ../nbs/03_training.ipynb #cell-3
-import json
 import os
-import shutil
 from collections.abc import Callable
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,7 +18,6 @@ import numpy as np
 import pandas as pd
 import torch
 from datasets import Dataset
-from filelock import FileLock, Timeout
 from torch.utils.data import Sampler
 from transformers import (
     AutoModelForCausalLM,
@@ -229,67 +224,6 @@ def training_arguments(
         device |= dict(bf16=True, use_cpu=not gpu)
     said = MOSS_RLHF | when | best | shown | rows | device | dict(max_steps=steps) | kwargs
     return TrainingArguments(output_dir=str(folder), seed=seed, **said)
-
-# %% ../nbs/03_training.ipynb #cell-45
-def last_checkpoint(
-    folder: str | Path,  # working folder of a Trainer
-) -> str | None:  # the newest checkpoint that was written to its end
-    "Find where to resume, passing over what a kill left half written."
-    whole = [path for path in Path(folder).glob("checkpoint-*") if is_whole(path)]
-    by_step = {int(path.name.split("-")[1]): path for path in whole}
-    return str(by_step[max(by_step)]) if by_step else None
-
-
-def is_whole(checkpoint: Path) -> bool:
-    "Whether a checkpoint was written to its end."
-    try:
-        return bool(json.loads((checkpoint / "trainer_state.json").read_text()))
-    except (OSError, ValueError):
-        return False
-
-# %% ../nbs/03_training.ipynb #cell-47
-def train_to(
-    folder: str | Path,  # where the finished checkpoint with its tokenizer goes
-    make: Callable,  # makes the trainer, given its working folder
-    finish: Callable | None = None,  # called with model and folder before the folder appears
-) -> bool:  # whether it was trained now (or else taken up as finished)
-    "Train, or resume, or take up what is finished; the folder appears whole or not at all."
-    folder = Path(folder)
-    work = folder.with_name(folder.name + ".working")
-    with hold(work):
-        finished = folder.exists()
-        if not finished:
-            trainer = make(work)
-            trainer.train(resume_from_checkpoint=last_checkpoint(work))
-            trainer.save_model(str(work / "finished"))
-            if trainer.is_world_process_zero():
-                saved = work / "finished"
-                (saved / "training_args.bin").unlink(missing_ok=True)  # a pickle
-                (saved / "log.json").write_text(json.dumps(trainer.state.log_history))
-                if finish:
-                    finish(trainer.model, saved)
-                saved.rename(folder)
-            trainer.accelerator.wait_for_everyone()
-        shutil.rmtree(work, ignore_errors=True)
-    return not finished
-
-
-@contextmanager
-def hold(work: Path):
-    "Keep other trainings out of a working folder; raises `ValueError` if there is one."
-    lock = FileLock(work / ".lock", timeout=0)
-    if os.environ.get("RANK", "0") == "0":  # the first process holds it for all
-        work.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire()
-        except Timeout:
-            raise ValueError(
-                f"{work}: another process trains here; wait for it, or give another folder."
-            ) from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 # %% ../nbs/03_training.ipynb #cell-54
 def warm_up_trainer(

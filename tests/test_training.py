@@ -20,7 +20,8 @@ from qr_rlhf.losses import (
     PaperObjective,
 )
 from qr_rlhf.model import load_reward_model, read_link, score
-from qr_rlhf.training import PairTrainer, hold, score_pairs, train_to, training_arguments
+from qr_rlhf.resume import hold, train_to
+from qr_rlhf.training import PairTrainer, score_pairs, training_arguments
 
 ASK = "\n\nHuman: My bread is flat.\n\nAssistant:"
 ONCE = dict(eval_strategy="no", save_strategy="no", load_best_model_at_end=False)
