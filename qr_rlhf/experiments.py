@@ -338,6 +338,7 @@ def train_reward_model(
             prepare(model)
         rate = dict(seed=seed, learning_rate=settings.learning_rate, disable_tqdm=True)
         args = run_arguments(work, settings, len(train), settings.epochs, **rate)
-        return PairTrainer(model, args, tokenizer, train, valid, objective)
+        data = dict(train_dataset=train, eval_dataset=valid, processing_class=tokenizer)
+        return PairTrainer(model, args, objective=objective, **data)
 
     return train_to(folder, make)

@@ -158,12 +158,14 @@ def check_row(row: object, where: str) -> None:
             "but should be an object with 'chosen' and 'rejected'."
         )
     for side in SIDES:
-        if row.get(side) is None:
+        if side not in row:
             raise ValueError(
                 f"{where}: the field '{side}' is missing; "
                 "each row needs 'chosen' and 'rejected', "
                 f"and has {', '.join(map(repr, row)) or 'nothing'}."
             )
+        if row[side] is None:
+            raise ValueError(f"{where}: the field '{side}' is null; leave this row out.")
         if not isinstance(row[side], (str, list)):
             raise ValueError(
                 f"{where}: the field '{side}' is of type {type(row[side]).__name__}; "

@@ -163,7 +163,8 @@ def reward_trainer(
     loaded = trainable_model(start, tokenizer, n, seed, family=family, **how)
     rate, epochs, pairs = settings.learning_rate, settings.epochs, len(train)
     arguments = run_arguments(work, settings, pairs, epochs, seed=seed, learning_rate=rate)
-    return PairTrainer(loaded, arguments, tokenizer, train, valid, objective)
+    data = dict(train_dataset=train, eval_dataset=valid, processing_class=tokenizer)
+    return PairTrainer(loaded, arguments, objective=objective, **data)
 
 # %% ../nbs/15_runs.ipynb #cell-31
 def encode_parts(
