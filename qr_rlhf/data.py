@@ -187,8 +187,8 @@ def split_validation(
     valid = [i for i, share in enumerate(shares) if share < fraction]
     if not train:
         raise ValueError(
-            f"data: all {len(pairs)} training pairs would be validation pairs, as they have "
-            "one prompt; give more pairs, or train without validation."
+            f"data: the {len(pairs)} training pairs have one prompt, so that none is left "
+            "beside validation; give more pairs, or train without validation."
         )
     return pairs.select(train), pairs.select(valid)
 

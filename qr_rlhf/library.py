@@ -318,9 +318,9 @@ def check_output(output: Path, told: dict) -> None:
     "Raise `ValueError` if a folder holds anything but this very training."
     if output.is_dir() and not any(output.iterdir()):
         output.rmdir()
-    for folder in (output, output.with_name(f"{output.name}.working")):
-        if not folder.exists() or {path.name for path in folder.iterdir()} <= {".lock"}:
-            continue
+    work = output.with_name(f"{output.name}.working")
+    begun = work if any(work.glob("checkpoint-*")) else None
+    for folder in filter(Path.is_dir, filter(None, (output, begun))):
         found = folder / TOLD
         before = json.loads(found.read_text()) if found.exists() else {}
         if changes := find_changes(before, told):
