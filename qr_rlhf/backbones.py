@@ -36,7 +36,7 @@ def local_or_hub(
 ):  # what `load` returns
     "Load from a folder, the cache or the Hub; raises `ValueError` if none of them has it."
     folder = Path(name).expanduser()
-    local = dict(local_files_only=True)
+    local: dict = dict(local_files_only=True)
     if hasattr(getattr(load, "__self__", None), "_model_mapping"):  # a model
         local["adapter_kwargs"] = dict(local)  # where peft is, it looks for adapters, too
     try:

@@ -237,8 +237,8 @@ def shorter_prompts(
 ) -> list:  # the prompt, then without its oldest turn, and so on
     "Leave out a prompt's turns one by one, the oldest first."
     if isinstance(prompt, list):
-        system = prompt[: prompt[0]["role"] == "system"]
-        return [system + prompt[i:] for i in range(len(system), len(prompt))]
+        first = prompt[: prompt[0]["role"] == "system"]
+        return [first + prompt[i:] for i in range(len(first), len(prompt))]
     system = system_text(prompt)
     turns = split_turns(prompt[len(system) :])
     if len(turns) > 1 and turns[-1] == MARKERS["assistant"]:

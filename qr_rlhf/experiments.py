@@ -301,10 +301,10 @@ def warm_up(
     "Train a language model on chosen dialogues, in `folder/warm_up`; others start from it."
     if (folder / "warm_up").exists():
         return False
-    start = settings.backbone
+    start: str | Path = settings.backbone
     if start == "scratch":
         start = folder / "scratch"
-        write_scratch(start, pairs, settings)
+        write_scratch(folder / "scratch", pairs, settings)
     tokenizer = load_tokenizer(start)
     train, valid = encode_parts(pairs, tokenizer, settings)
 
@@ -330,7 +330,7 @@ def train_reward_model(
     tokenizer = load_tokenizer(start)
     objective, n = OBJECTIVES[recipe] if isinstance(recipe, str) else recipe
     family = getattr(objective, "family", None)
-    n = objective.n if family == "normal" else n
+    n = getattr(objective, "n", n) if family == "normal" else n
 
     def make(work):
         model = load_reward_model(start, tokenizer, n, seed, family=family)

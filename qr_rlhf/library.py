@@ -15,6 +15,7 @@ import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -250,13 +251,12 @@ def train(
 # %% ../nbs/21_library.ipynb #cell-13
 def read_objective(objective: str | Objective, n: int) -> tuple[Objective, int]:
     "An objective, given or named, and how many quantiles its model has."
-    if isinstance(objective, str):
-        check_choice("objective", objective, OBJECTIVES)
-        n = 1 if objective == "scalar" else n
-        objective, _ = OBJECTIVES[objective]
-        if hasattr(objective, "n"):
-            objective = dataclasses.replace(objective, n=n)
-    return objective, getattr(objective, "n", n)
+    if isinstance(objective, Objective):
+        return objective, getattr(objective, "n", n)
+    check_choice("objective", objective, OBJECTIVES)
+    n = 1 if objective == "scalar" else n
+    named: Any = OBJECTIVES[objective][0]
+    return dataclasses.replace(named, n=n) if hasattr(named, "n") else named, n
 
 
 def read_parts(pairs: object, validation: object) -> tuple[Dataset, Dataset | None]:

@@ -64,7 +64,7 @@ def quantile_huber(
 class Objective:
     "What the outputs of a reward model mean, and what pairs cost."
 
-    link = None  # `mean` or `distributional`, where a pair's chance follows from quantiles
+    link: str | None = None  # `mean` or `distributional`, where a chance follows from quantiles
 
     def quantiles(self, outputs: torch.Tensor) -> torch.Tensor:
         "The predicted quantiles: `[..., outputs]` to `[..., N]`."
@@ -225,7 +225,8 @@ class PURM(Objective):
     "Normal rewards (outputs μ, log σ) and unit logistic noise: PURM (arXiv 2503.22480)."
 
     n: int = 10  # quantiles to read
-    family, link = "normal", "distributional"
+    family = "normal"
+    link = "distributional"
 
     def quantiles(self, outputs: torch.Tensor) -> torch.Tensor:
         "The predicted quantiles, `[..., N]`."
@@ -244,7 +245,7 @@ class PURM(Objective):
 class NormalDPL(PURM):
     "Normal rewards (outputs μ, log σ), no further noise: DPL, first form (arXiv 2312.08358)."
 
-    link = None  # without noise it is neither
+    link = None  # type: ignore[assignment]  # without noise it is neither
 
     def log_win(self, chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
         "log Φ((μ_c − μ_r)/√(σ_c² + σ_r²)): log probability that chosen wins, `[..., batch]`."

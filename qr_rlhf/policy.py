@@ -94,8 +94,8 @@ def read_measure(
     "Read a measure as papermill or a person gives it; raises `ValueError` if it isn't one."
     name, *rest = str(text).split()
     try:
-        (parameter,) = [float(word) for word in rest] or [None]
-    except ValueError:
+        parameter = float(*rest) if rest else None
+    except (ValueError, TypeError):
         raise ValueError(
             f"measure: {text!r} can't be read; write a name and at most one number, "
             "such as cvar 0.2."

@@ -188,8 +188,8 @@ def launch(
     which = dict(subsets=settings.subsets, splits=settings.splits)
     read = partial(load_pairs, from_root(settings.data), settings.workload, **which)
     with state.main_process_first():
-        pairs, _ = read("train", n=settings.n_train)
-        evaluation, _ = read("test", n=settings.n_eval)
+        pairs, _ = read(split="train", n=settings.n_train)
+        evaluation, _ = read(split="test", n=settings.n_eval)
         if state.is_main_process:
             also = dict(data_hash=data_hash(pairs, evaluation), versions=versions())
             lock = open_run(folder, dataclasses.asdict(settings) | also)
