@@ -13,6 +13,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -198,7 +199,8 @@ def train(
     Args:
         backbone: Folder or Hub id of a language model, or of its LoRA adapter.
         pairs: A list of dictionaries (`prompt, chosen, rejected`, as text or as messages), a
-            data frame, a `Dataset`, a file, a folder or a Hub id.
+            data frame, a `Dataset` (such as `load_pairs` gives for a workload of HH-RLHF), a
+            file, a folder or a Hub id.
         output: The checkpoint's folder, which appears when training is over.
         objective: `scalar`, `paper`, `free`, `distributional`, `purm` or `dpl_normal`; or an
             object, such as `PaperObjective(kappa=0)`.
@@ -217,7 +219,8 @@ def train(
     output = Path(output).expanduser()
     objective, n = read_objective(objective, n_quantiles)
     with main_process_first():
-        start = plain_backbone(backbone, output.with_name(f"{output.name}.backbone"))
+        merged = output.with_name(f"{output.name}.{Path(backbone).name}")  # of an adapter
+        start = plain_backbone(backbone, merged)
         tables = read_parts(pairs, validation)
     tokenizer, config = load_tokenizer(start), local_or_hub(AutoConfig.from_pretrained, start)
     limit = max_length or min(1024, length_limit(config))
@@ -226,8 +229,8 @@ def train(
     how = dict(seed=seed, precision=precision)
     rates = dict(epochs=epochs, batch_size=batch_size, learning_rate=learning_rate)
     told = dict(backbone=str(backbone), objective=str(objective), lora_rank=lora_rank)
-    told |= head | how | rates | {name: str(value) for name, value in kwargs.items()}
-    told["data_hash"] = data_hash(*[table for table in tables if table])
+    told |= head | how | rates | dict(data_hash=data_hash(*filter(None, tables)))
+    told |= {name: str(value) for name, value in kwargs.items()}
     check_output(output, told)
 
     def make(work):
@@ -316,7 +319,7 @@ TOLD = "training.json"
 
 def check_output(output: Path, told: dict) -> None:
     "Raise `ValueError` if a folder holds anything but this very training."
-    if output.is_dir() and not any(output.iterdir()):
+    with suppress(OSError):  # where there is something in it, or nothing there
         output.rmdir()
     work = output.with_name(f"{output.name}.working")
     begun = work if any(work.glob("checkpoint-*")) else None
