@@ -121,15 +121,14 @@ def rows_in_memory(data: object, split: str, splits: list[str] | None) -> tuple[
     if isinstance(data, dict):
         name, cut = choose_split(list(data), split, splits, "data")
         data = data[name]
-    if isinstance(data, pd.DataFrame):  # a missing value is nan there
-        data = data.astype(object).where(data.notna(), None).to_dict("records")
+    if isinstance(data, pd.DataFrame):  # a missing value is nan there, a list may be an array
+        cells = data.map(lambda cell: cell.tolist() if hasattr(cell, "tolist") else cell)
+        data = cells.astype(object).where(data.notna(), None).to_dict("records")
     if isinstance(data, Dataset):
         data = data.select_columns([c for c in COLUMNS if c in data.column_names] or None)
     if not hasattr(data, "__iter__"):
-        raise ValueError(
-            f"data: {type(data).__name__} is no source of pairs; give a file, a folder, a Hub "
-            "id, a list of dictionaries, a data frame or a Dataset."
-        )
+        known = "a file, a folder, a Hub id, a list of dictionaries, a data frame or a Dataset"
+        raise ValueError(f"data: {type(data).__name__} is no source of pairs; give {known}.")
     return number_rows("row", data), cut
 
 # %% ../nbs/00_data.ipynb #cell-16

@@ -265,9 +265,14 @@ def read_objective(objective: str | Objective, n: int) -> tuple[Objective, int]:
 def read_parts(pairs: object, validation: object) -> tuple[Dataset, Dataset | None]:
     "The pairs to train on, and those to validate on, if there are to be any."
     table = read_all(pairs, "train")
-    if validation is None or isinstance(validation, float | int):
-        return split_validation(table, float(validation)) if validation else (table, None)
-    return table, read_all(validation, "test")
+    if not isinstance(validation, float | int | None):
+        return table, read_all(validation, "test")
+    if not 0 <= (validation or 0) < 1:
+        raise ValueError(
+            f"validation: {validation} is no share of the prompts; give a number below 1, or "
+            "pairs, or None."
+        )
+    return split_validation(table, float(validation)) if validation else (table, None)
 
 
 def read_all(pairs: object, split: str) -> Dataset:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import datasets
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -268,6 +269,10 @@ def test_a_table_has_messages_votes_and_missing_values():
     for table in (pd.DataFrame([chat]), split_of([chat])):
         (pair,) = load_pairs(table, hold_out=False)[0]
         assert pair["chosen"] == " So." and pair["share"] == 0.8
+    frame = pd.DataFrame([chat])
+    for name in ("prompt", "chosen", "rejected"):
+        frame[name] = frame[name].map(np.array)  # as pandas reads lists from Parquet
+    assert load_pairs(frame, hold_out=False)[0].to_list() == [pair]
     whole = dict(chosen="\n\nHuman: Why?\n\nAssistant: So.")
     whole |= dict(rejected="\n\nHuman: Why?\n\nAssistant: No.")
     frame = pd.DataFrame([PAIRS[0], whole])  # the second has no prompt
@@ -378,6 +383,8 @@ def test_objectives_have_names(place, tmp_path, objective, family, outputs):
 def test_what_cannot_be_trained_is_said(place, trained, tmp_path):
     told = refusal(train, place / "backbone", PAIRS[:3], tmp_path / "rm")
     assert "have one prompt" in told and "train without validation" in told
+    told = refusal(train, place / "backbone", PAIRS, tmp_path / "rm", validation=2)
+    assert "validation: 2 is no share of the prompts" in told
     told = refusal(train, place / "backbone", PAIRS, tmp_path / "rm", "quantile")
     assert "objective: 'quantile' is unknown; choose one of scalar, paper" in told
     told = refusal(train, place / "rewards", PAIRS, tmp_path / "rm", "scalar")
