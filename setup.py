@@ -23,9 +23,11 @@ setup(
     packages=find_packages(include=["qr_rlhf"]),
     python_requires=f">={settings['min_python']}",
     install_requires=settings["requirements"].split(),
+    package_data={"qr_rlhf": ["py.typed"]},
     extras_require={
-        extra: settings[f"{extra}_requirements"].split()
-        for extra in ("dev", "docs", "bench", "policy", "peft")
+        name.removesuffix("_requirements"): settings[name].split()
+        for name in settings
+        if name.endswith("_requirements")
     },
     entry_points={"nbdev": ["qr_rlhf=qr_rlhf._modidx:d"]},
     zip_safe=False,

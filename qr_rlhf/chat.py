@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['REASONS', 'between_turns', 'turn_end', 'own_turn', 'read_request', 'read_chat',
-           'read_reply', 'check_responses', 'check_asked', 'check_turns',
-           'length_limit', 'check_fits']
+           'read_reply', 'check_responses', 'check_requests', 'check_asked',
+           'check_turns', 'length_limit', 'check_fits']
 
 # %% ../nbs/20_chat.ipynb #cell-3
 import re
@@ -137,6 +137,15 @@ def check_responses(responses: Sequence) -> None:
         raise InputError(f"responses: {responses!r} is no list of replies; put it into a list.")
     if not len(responses):
         raise InputError("responses: the list is empty; give one reply or more.")
+
+
+def check_requests(prompts: Sequence, responses: Sequence) -> None:
+    "Raise `ValueError` unless there are prompts, and responses to each."
+    if isinstance(prompts, str) or not len(prompts) or len(prompts) != len(responses):
+        raise InputError(
+            "prompts, responses: give two lists of the same length, of prompts and of a list "
+            "of responses to each."
+        )
 
 
 def check_asked(asked: list[dict]) -> None:

@@ -302,10 +302,10 @@ def warm_up(
     "Train a language model on chosen dialogues, in `folder/warm_up`; others start from it."
     if (folder / "warm_up").exists():
         return False
-    start = settings.backbone
+    start: str | Path = settings.backbone
     if start == "scratch":
         start = folder / "scratch"
-        write_scratch(start, pairs, settings)
+        write_scratch(folder / "scratch", pairs, settings)
     tokenizer = load_tokenizer(start)
     train, valid = encode_parts(pairs, tokenizer, settings)
 
@@ -331,7 +331,7 @@ def train_reward_model(
     tokenizer = load_tokenizer(start)
     objective, n = OBJECTIVES[recipe] if isinstance(recipe, str) else recipe
     family = getattr(objective, "family", None)
-    n = objective.n if family == "normal" else n
+    n = getattr(objective, "n", n) if family == "normal" else n
 
     def make(work):
         model = load_reward_model(start, tokenizer, n, seed, family=family)
@@ -339,6 +339,7 @@ def train_reward_model(
             prepare(model)
         rate = dict(seed=seed, learning_rate=settings.learning_rate, disable_tqdm=True)
         args = run_arguments(work, settings, len(train), settings.epochs, **rate)
-        return PairTrainer(model, args, tokenizer, train, valid, objective)
+        data = dict(train_dataset=train, eval_dataset=valid, processing_class=tokenizer)
+        return PairTrainer(model, args, objective=objective, **data)
 
     return train_to(folder, make)

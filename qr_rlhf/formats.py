@@ -16,6 +16,7 @@ import re
 import reprlib
 import traceback
 from itertools import pairwise
+from typing import Any
 
 from jinja2 import TemplateError
 
@@ -78,7 +79,7 @@ class Dropped(Exception):
 
 # %% ../nbs/10_formats.ipynb #cell-22
 def read_message(
-    message: object,  # what should be a message
+    message: Any,  # what should be a message
     first: bool,  # whether it opens its list
     where: str,  # file, line, and which message
 ) -> dict:  # its role, and its content as one string
@@ -94,7 +95,7 @@ def read_message(
     return dict(role=role, content=check_text(content, where, "the content"))
 
 # %% ../nbs/10_formats.ipynb #cell-24
-def join_parts(content: object) -> object:
+def join_parts(content: Any) -> Any:
     "Join a content given as a list of texts; leave any other as it is."
     is_list = isinstance(content, list)
     if is_list and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
@@ -108,7 +109,7 @@ def uses_tools(message: dict) -> bool:
     return bool(calls) or message["role"] in ("tool", "function")
 
 # %% ../nbs/10_formats.ipynb #cell-26
-def check_message(message: object, where: str) -> None:
+def check_message(message: Any, where: str) -> None:
     "Raise `ValueError` for what has no role, no content, or a role that we don't know."
     known = message if isinstance(message, dict) else {}
     if not isinstance(known.get("role"), str) or "content" not in known:
@@ -150,7 +151,7 @@ SIDES = ("chosen", "rejected")
 
 
 def read_row(
-    row: object,  # what a file gave
+    row: Any,  # what a file gave
     where: str,  # file and line, for the error
 ) -> dict:  # `chosen`, `rejected` as whole dialogues in HH-RLHF's form (and `share`)
     "Read a row in any of TRL's formats; raises `ValueError` if it is in none, or `Dropped`."
@@ -162,7 +163,7 @@ def read_row(
     return read | ({"share": float(row["share"])} if "share" in row else {})
 
 # %% ../nbs/10_formats.ipynb #cell-35
-def check_row(row: object, where: str) -> None:
+def check_row(row: Any, where: str) -> None:
     "Raise `ValueError` unless sides are two strings or two lists, and the share is in 0 to 1."
     if not isinstance(row, dict):
         raise InputError(
@@ -170,12 +171,14 @@ def check_row(row: object, where: str) -> None:
             "but should be an object with 'chosen' and 'rejected'."
         )
     for side in SIDES:
-        if row.get(side) is None:
+        if side not in row:
             raise InputError(
                 f"{where}: the field '{side}' is missing; "
                 "each row needs 'chosen' and 'rejected', "
                 f"and has {', '.join(map(repr, row)) or 'nothing'}."
             )
+        if row[side] is None:
+            raise InputError(f"{where}: the field '{side}' is null; leave this row out.")
         if not isinstance(row[side], (str, list)):
             raise InputError(
                 f"{where}: the field '{side}' is of type {type(row[side]).__name__}; "
@@ -198,7 +201,7 @@ OPEN = re.compile(MARKERS["assistant"] + r"\s*\Z")
 
 
 def read_prompt(
-    prompt: object,  # a row's prompt, or None
+    prompt: Any,  # a row's prompt, or None
     where: str,  # file and line, for the error
 ) -> str | None:  # in HH-RLHF's form, `""` for an empty prompt, None if there is none
     "Write a row's prompt as text; raises `ValueError` if it can't be one."
@@ -218,7 +221,7 @@ def read_prompt(
     return text
 
 # %% ../nbs/10_formats.ipynb #cell-38
-def check_dialogue(text: object, where: str, what: str) -> str:
+def check_dialogue(text: Any, where: str, what: str) -> str:
     "As `check_text`; raise `ValueError` too where the first marker lacks its two line breaks."
     if re.match(r"\s*(Human|Assistant):", system_text(check_text(text, where, what))):
         raise InputError(
@@ -288,8 +291,8 @@ def read_text_side(text: str, prompt: str | None, plain: bool, where: str) -> st
 # %% ../nbs/10_formats.ipynb #cell-55
 def apply_template(
     tokenizer,  # with a chat template, or without one
-    prompt: str | list[dict],  # in HH-RLHF's form, or (with a template only) as messages
-    responses: list[str] | list[list[dict]],  # that go on with it, in the same form
+    prompt: Any,  # a text in HH-RLHF's form, or (with a template only) messages
+    responses: list,  # that go on with it, in the same form
 ) -> tuple[str, list[str]]:  # both as the model is to read them
     "Write a dialogue by the chat template, if there is one; raises `ValueError` if it can't."
     if not tokenizer.chat_template:

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['NF4', 'add_adapter', 'need', 'float32_head', 'trainable_model', 'check_trainable',
            'load_adapter', 'merge_adapter', 'load_base', 'find_base', 'how_held',
-           'naming_base', 'keep_adapter', 'shorten_base', 'check_complete',
+           'naming_base', 'reward_config', 'head_rows', 'adapter_folder',
+           'adapter_tokenizer', 'keep_adapter', 'shorten_base', 'check_complete',
            'plain_backbone', 'is_adapter', 'merge_language_model', 'embedding_rows',
            'check_mergeable']
 
@@ -21,8 +22,9 @@ from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
+from .backbones import load_tokenizer, local_or_hub
 from .formats import InputError
-from .model import load_reward_model, load_tokenizer, local_or_hub
+from .model import load_reward_model, own_head, quantile_levels
 from .packing import find_head
 from .resume import write_folder
 from .sources import root_path
@@ -108,11 +110,11 @@ def check_trainable(lora_rank: int | None, load_in_4bit: bool | None):
 
 # %% ../nbs/14_large.ipynb #cell-20
 def load_adapter(
-    folder: str | Path,  # from `keep_adapter`
+    folder: str | Path,  # with an adapter, on the Hub or here
     tokenizer,  # its tokenizer
 ):  # a `PeftModel`
     "Load a reward model as base and adapter."
-    folder = Path(folder).expanduser()
+    folder = adapter_folder(folder)
     model, _ = load_base(folder, tokenizer, for_merging=False)
     model = need("peft").PeftModel.from_pretrained(model, folder)
     float32_head(model)
@@ -120,24 +122,23 @@ def load_adapter(
 
 
 def merge_adapter(
-    folder: str | Path,  # from `keep_adapter`
+    folder: str | Path,  # with an adapter, on the Hub or here
     tokenizer,  # its tokenizer
 ) -> PreTrainedModel:  # an ordinary `AutoModelForSequenceClassification`
     "Load a reward model with its adapter merged into its weights."
-    folder = Path(folder).expanduser()
+    folder = adapter_folder(folder)
     model, config = load_base(folder, tokenizer, for_merging=True)
     model = need("peft").PeftModel.from_pretrained(model, folder)
     return model.merge_and_unload().to(config.dtype).eval()
 
 # %% ../nbs/14_large.ipynb #cell-22
 def load_base(
-    folder: Path,  # with an adapter and a `config.json`
+    folder: Path,  # with an adapter
     tokenizer,  # its tokenizer
     for_merging: bool,  # in float32, out of 4 bits
-) -> tuple[PreTrainedModel, AutoConfig]:  # without its adapter; the configuration beside it
+) -> tuple[PreTrainedModel, AutoConfig]:  # without its adapter; the adapter's configuration
     "Load what an adapter was trained on; raises `ValueError` where it can't be had."
-    config = AutoConfig.from_pretrained(folder)
-    base = find_base(folder, need("peft").PeftConfig.from_pretrained(folder))
+    base, config = find_base(folder), reward_config(folder)
     n, family, held = len(config.quantile_levels), config.quantile_family, how_held(config)
     packed = "quantization_config" in held
     if for_merging:
@@ -153,9 +154,9 @@ def load_base(
     return model, config
 
 # %% ../nbs/14_large.ipynb #cell-23
-def find_base(adapter: Path, config) -> str | Path:
+def find_base(adapter: Path) -> str | Path:
     "The base that an adapter names: its folder, counted from one above, or else the name."
-    name = config.base_model_name_or_path
+    name = need("peft").PeftConfig.from_pretrained(adapter).base_model_name_or_path
     places = [folder / name for folder in adapter.resolve().parents]
     return next((place for place in places if place.is_dir()), name)
 
@@ -180,6 +181,46 @@ def naming_base(whose: str):
             f"{whose} can't be had ({error}) "
             "Correct base_model_name_or_path in its adapter_config.json."
         ) from None
+
+# %% ../nbs/14_large.ipynb #api14-code
+def reward_config(adapter: Path) -> AutoConfig:
+    "The configuration beside an adapter, or made of its base's; `ValueError` without a head."
+    if (adapter / "config.json").exists():
+        return AutoConfig.from_pretrained(adapter)
+    config = local_or_hub(AutoConfig.from_pretrained, find_base(adapter))
+    n, family = head_rows(adapter), None
+    if own := own_head(config):
+        n, family = own
+    if not n:
+        raise InputError(
+            f"folder: {adapter} is an adapter without a head, and no reward model; make one of "
+            "it with qr_rlhf.train."
+        )
+    config.quantile_levels, config.quantile_family = quantile_levels(n), family
+    config.dtype = config.dtype or torch.float32
+    return config
+
+
+def head_rows(adapter: Path) -> int | None:
+    "Outputs of the head that was saved with an adapter; None if none was."
+    heads = set(need("peft").PeftConfig.from_pretrained(adapter).modules_to_save or [])
+    with safe_open(adapter / "adapter_model.safetensors", "pt") as f:
+        saved = [key for key in sorted(f.keys()) if heads & {*key.split(".")}]
+        weights = [key for key in saved if key.endswith(".weight")]
+        return f.get_slice(weights[-1]).get_shape()[0] if weights else None
+
+
+def adapter_folder(name: str | Path) -> Path:
+    "The folder of an adapter, fetched from the Hub if need be."
+    folder = Path(name).expanduser()
+    return folder if folder.is_dir() else Path(local_or_hub(snapshot_download, name))
+
+
+def adapter_tokenizer(name: str | Path):
+    "The tokenizer of an adapter, or of its base if it has none of its own."
+    adapter = adapter_folder(name)
+    has_tokenizer = (adapter / "tokenizer_config.json").exists()
+    return load_tokenizer(adapter if has_tokenizer else find_base(adapter))
 
 # %% ../nbs/14_large.ipynb #cell-25
 def keep_adapter(
@@ -256,18 +297,16 @@ def merge_language_model(
     name: str | Path,  # folder or id on the Hub of an adapter
 ) -> tuple:  # the merged model and its tokenizer
     "Load a language model with its adapter merged into its weights."
-    folder = Path(name).expanduser()
-    adapter = folder if folder.is_dir() else Path(local_or_hub(snapshot_download, name))
+    adapter = adapter_folder(name)
     config = need("peft").PeftConfig.from_pretrained(adapter)
     check_mergeable(name, adapter, config.task_type)
-    load, base = AutoModelForCausalLM.from_pretrained, find_base(adapter, config)
+    load, base = AutoModelForCausalLM.from_pretrained, find_base(adapter)
     with naming_base(f"backbone: {name} is an adapter, and its base"):
         model = local_or_hub(load, base, use_safetensors=True)
     if rows := embedding_rows(adapter):
         model.resize_token_embeddings(rows, mean_resizing=False)
     model = need("peft").PeftModel.from_pretrained(model, adapter).merge_and_unload()
-    has_tokenizer = (adapter / "tokenizer_config.json").exists()
-    return model, load_tokenizer(adapter if has_tokenizer else base)
+    return model, adapter_tokenizer(name)
 
 # %% ../nbs/14_large.ipynb #cell-48
 def embedding_rows(adapter: Path) -> int | None:

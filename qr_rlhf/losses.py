@@ -65,7 +65,7 @@ def quantile_huber(
 class Objective:
     "What the outputs of a reward model mean, and what pairs cost."
 
-    link = None  # `mean` or `distributional`, where a pair's chance follows from quantiles
+    link: str | None = None  # `mean` or `distributional`, where a chance follows from quantiles
 
     def quantiles(self, outputs: torch.Tensor) -> torch.Tensor:
         "The predicted quantiles: `[..., outputs]` to `[..., N]`."
@@ -109,15 +109,25 @@ class Objective:
 # %% ../nbs/02_losses.ipynb #cell-30
 @dataclass(frozen=True)
 class PaperObjective(Objective):
-    "Bradley–Terry plus weighted quantile Huber loss, the paper's open points as options."
+    """Bradley–Terry plus weighted quantile Huber loss, the paper's open points as options.
 
-    target: str = "label"  # what the quantiles regress on: `label`, `shift`, `own` or `none`
-    weight: float = 1.0  # weight of the quantile Huber loss
-    kappa: float = 1.0  # κ of the quantile Huber loss
-    chosen_label: float = 1.0  # `label`: target of the chosen response
-    rejected_label: float = -1.0  # `label`: target of the rejected response
-    margin: float = 1.0  # `shift`: how far chosen should lie above rejected
-    link: str = "mean"  # what enters eq. 1: `mean` of the quantiles, or `distributional`
+    Args:
+        target: What the quantiles regress on: `label`, `shift`, `own` or `none`.
+        weight: Weight of the quantile Huber loss.
+        kappa: κ of the quantile Huber loss; 0 is the pinball loss.
+        chosen_label: With the target `label`: of the chosen response.
+        rejected_label: With the target `label`: of the rejected response.
+        margin: With the target `shift`: how far chosen should lie above rejected.
+        link: What enters eq. 1: `mean` of the quantiles, or `distributional`.
+    """
+
+    target: str = "label"
+    weight: float = 1.0
+    kappa: float = 1.0
+    chosen_label: float = 1.0
+    rejected_label: float = -1.0
+    margin: float = 1.0
+    link: str = "mean"
 
     def log_win(self, chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
         "Log probability that the chosen response wins (eq. 1), `[..., batch]`."
@@ -171,11 +181,16 @@ class DistributionalObjective(Objective):
 
     With normal quantiles it is PURM's model (arXiv 2503.22480), on N quantiles, with a pool.
     Ten quantiles μ + s·z have standard deviation .938 s: s is 6.6 % above that of rewards.
+
+    Args:
+        family: `normal`: outputs are μ and log s; `free`: the quantiles in any order.
+        pool: Weight of the variance of log s over a batch.
+        n: Quantiles, N.
     """
 
-    family: str = "normal"  # `normal`: outputs are μ, log s; `free`: the quantiles in any order
-    pool: float = 0.001  # weight of the variance of log s over a batch
-    n: int = 10  # quantiles, N
+    family: str = "normal"
+    pool: float = 0.001
+    n: int = 10
     link = "distributional"
 
     def quantiles(self, outputs: torch.Tensor) -> torch.Tensor:
@@ -211,7 +226,8 @@ class PURM(Objective):
     "Normal rewards (outputs μ, log σ) and unit logistic noise: PURM (arXiv 2503.22480)."
 
     n: int = 10  # quantiles to read
-    family, link = "normal", "distributional"
+    family = "normal"
+    link = "distributional"
 
     def quantiles(self, outputs: torch.Tensor) -> torch.Tensor:
         "The predicted quantiles, `[..., N]`."
@@ -230,7 +246,7 @@ class PURM(Objective):
 class NormalDPL(PURM):
     "Normal rewards (outputs μ, log σ), no further noise: DPL, first form (arXiv 2312.08358)."
 
-    link = None  # without noise it is neither
+    link = None  # type: ignore[assignment]  # without noise it is neither
 
     def log_win(self, chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
         "log Φ((μ_c − μ_r)/√(σ_c² + σ_r²)): log probability that chosen wins, `[..., batch]`."

@@ -4,37 +4,36 @@
 
 # %% auto #0
 __all__ = ['quantile_levels', 'interpolate_quantile', 'cvar_weights', 'check_tail',
-           'RewardDistribution', 'check_level', 'check_link', 'local_or_hub',
-           'load_tokenizer', 'check_tokenizer', 'train_tokenizer', 'tiny_gpt2',
-           'load_reward_model', 'choose_head', 'set_dropout', 'score',
-           'read_quantiles', 'read_link', 'normal_quantiles', 'to_scalar',
-           'output_weights']
+           'RewardDistribution', 'check_several', 'check_level', 'check_link',
+           'load_reward_model', 'own_head', 'choose_head', 'set_dropout', 'score',
+           'score_many', 'encode_request', 'read_quantiles', 'read_link',
+           'normal_quantiles', 'to_scalar', 'output_weights', 'load_tokenizer',
+           'local_or_hub', 'tiny_gpt2', 'train_tokenizer']
 
 # %% ../nbs/01_model.ipynb #cell-3
 import copy
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from huggingface_hub import HfApi
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    GPT2Config,
-    GPT2LMHeadModel,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    set_seed,
-)
+from transformers import AutoConfig, PreTrainedModel, set_seed
 
-from .chat import check_fits, length_limit, read_request
-from .data import encode_dialogue, sequence_ends, special_ids
+from qr_rlhf.backbones import (
+    load_tokenizer,
+    load_weights,
+    local_or_hub,
+    sequence_ends,
+    tiny_gpt2,
+    train_tokenizer,
+)
+from .chat import check_fits, check_requests, length_limit, read_request
+from .data import encode_dialogue
 from .formats import InputError
-from .packing import find_head, outputs_of_responses
+from .packing import Row, find_head, outputs_of_rows
+
+_all_ = ["load_tokenizer", "local_or_hub", "tiny_gpt2", "train_tokenizer"]  # as before
 
 # %% ../nbs/01_model.ipynb #cell-7
 def quantile_levels(
@@ -73,10 +72,32 @@ def check_tail(alpha):
 # %% ../nbs/01_model.ipynb #cell-19
 @dataclass(frozen=True)
 class RewardDistribution:
-    "Reward distributions, each given by N equally likely quantiles, ordered by level."
+    """Reward distributions, each given by N equally likely quantiles, ordered by level.
 
-    quantiles: torch.Tensor  # `[..., N]`, at the levels `quantile_levels(N)`
-    link: str | None = None  # of the model (`read_link`), for `prob_beats`
+    Those of several responses have a length and indices: `rewards[0].prob_beats(rewards[1])`.
+
+    Args:
+        quantiles: `[..., N]` at the levels `quantile_levels(N)`: a tensor, an array or lists.
+        link: The model's, from `read_link`; `prob_beats` needs it.
+    """
+
+    quantiles: torch.Tensor
+    link: str | None = None
+
+    def __post_init__(self):
+        values = torch.as_tensor(self.quantiles)
+        values = values if values.is_floating_point() else values.float()
+        object.__setattr__(self, "quantiles", values)
+
+    def __len__(self) -> int:
+        check_several(self.quantiles.ndim > 1)
+        return len(self.quantiles)
+
+    def __getitem__(self, which) -> "RewardDistribution":
+        "One of the distributions, or some of them, as from a list or a tensor."
+        picked = self.quantiles[which]
+        check_several(picked.shape[-1:] == self.quantiles.shape[-1:])
+        return replace(self, quantiles=picked)
 
     def mean(self) -> torch.Tensor:
         "Mean reward, `[...]`."
@@ -113,6 +134,14 @@ class RewardDistribution:
         return replace(self, quantiles=self.quantiles.sort(-1).values)
 
 # %% ../nbs/01_model.ipynb #cell-20
+def check_several(several: bool):
+    if not several:
+        raise TypeError(
+            "rewards: a single distribution has no length and no indices; read its quantiles "
+            "with quantile(level)."
+        )
+
+
 def check_level(level, n):
     low, high = 1 / (2 * n), 1 - 1 / (2 * n)
     if not low - 1e-6 <= level <= high + 1e-6:
@@ -127,108 +156,36 @@ def check_link(link, other):
             "RewardDistribution(quantiles, read_link(model.config))."
         )
 
-# %% ../nbs/01_model.ipynb #cell-28
-def local_or_hub(
-    load: Callable,  # a `from_pretrained`
-    name: str | Path,  # folder or id on the Hub
-    **kwargs,  # passed on
-):  # what `load` returns
-    "Load from a folder, the cache or the Hub; raises `ValueError` if none of them has it."
-    folder = Path(name).expanduser()
-    local = dict(local_files_only=True)
-    if hasattr(getattr(load, "__self__", None), "_model_mapping"):  # a model
-        local["adapter_kwargs"] = dict(local)  # where peft is, it looks for adapters, too
-    try:
-        return load(folder if folder.is_dir() else str(name), **local, **kwargs)
-    except (OSError, ValueError, RuntimeError) as error:
-        problem = str(error).strip().splitlines()[0][:200]
-    if folder.is_dir():
-        raise InputError(
-            f"backbone: {folder} can't be loaded ({problem}); "
-            "give a folder with a model and its tokenizer, weights as safetensors."
-        )
-    try:
-        HfApi().model_info(str(name), timeout=5)
-        return load(str(name), **kwargs)
-    except Exception as error:
-        raise InputError(
-            f"backbone: '{name}' is no folder and can't be had from the Hub "
-            f"({type(error).__name__}); check the name and the network, "
-            "or give a local folder with the model and its tokenizer."
-        ) from None
-
-# %% ../nbs/01_model.ipynb #cell-30
-def load_tokenizer(
-    name: str | Path,  # folder or id on the Hub
-):  # a fast tokenizer with an end token and a padding token of its own
-    "Load a tokenizer; raises `ValueError` if there is none, or no tokens, or no end token."
-    tokenizer = local_or_hub(AutoTokenizer.from_pretrained, name)
-    check_tokenizer(tokenizer, name)
-    end = special_ids(tokenizer)[1][-1]
-    if tokenizer.pad_token_id in (None, end):
-        tokenizer.add_special_tokens(dict(pad_token="<|pad|>"))
-    return tokenizer
-
-# %% ../nbs/01_model.ipynb #cell-31
-def check_tokenizer(tokenizer, name):
-    it = f"backbone: the tokenizer of {name}"
-    if not tokenizer.is_fast:
-        raise InputError(f"{it} is not a fast one; save it with a tokenizer.json.")
-    ids = tokenizer("Hello, world!", add_special_tokens=False)["input_ids"]
-    if not ids or set(ids) == {tokenizer.unk_token_id}:
-        raise InputError(f"{it} makes no tokens of a text; give its tokenizer.json, too.")
-
-# %% ../nbs/01_model.ipynb #cell-33
-def train_tokenizer(
-    texts: list[str],  # training text
-    vocab_size: int,  # number of tokens; at least 256 bytes and 2 special tokens
-) -> PreTrainedTokenizerFast:  # with `<|endoftext|>` and `<|pad|>`
-    "Learn a byte-level BPE, the kind that GPT-2 has."
-    end, pad = "<|endoftext|>", "<|pad|>"
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    options = dict(special_tokens=[end, pad], initial_alphabet=alphabet, show_progress=False)
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, **options))
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=end, pad_token=pad)
-
-# %% ../nbs/01_model.ipynb #cell-37
-def tiny_gpt2(
-    tokenizer,  # its vocabulary sets the model's
-    max_length: int,  # longest sequence in tokens
-    n_layer: int,  # transformer blocks
-    n_embd: int,  # width
-    n_head: int,  # attention heads
-    seed: int,  # of the random weights
-) -> GPT2LMHeadModel:  # with random weights and no dropout: it sees its text a few times only
-    "Make a GPT-2 of any size from scratch."
-    set_seed(seed)
-    end = tokenizer.eos_token_id
-    sizes = dict(n_positions=max_length, n_layer=n_layer, n_embd=n_embd, n_head=n_head)
-    dropout = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-    special = dict(bos_token_id=end, eos_token_id=end, pad_token_id=tokenizer.pad_token_id)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **sizes, **dropout, **special))
-
 # %% ../nbs/01_model.ipynb #cell-44
 def load_reward_model(
-    name: str | Path,  # folder or id on the Hub: a backbone, or a reward model with n quantiles
-    tokenizer,  # its tokenizer, from `load_tokenizer`
-    n: int | None = None,  # quantiles of a new head: 1 for a scalar model, 10 in the paper
-    seed: int = 0,  # of the new head's weights
-    dropout: float | None = None,  # of every dropout layer; None keeps the backbone's own
-    family: str | None = None,  # of a new head: `normal`, `free` (`read_quantiles`) or None
-    max_length: int | None = None,  # tokens in a sequence it is trained on; None: all it takes
-    **kwargs,  # for `from_pretrained`, such as `dtype` or `device_map`
-) -> PreTrainedModel:  # an `AutoModelForSequenceClassification`
-    "Load a reward model, or a backbone with a new head (two outputs for the family `normal`)."
+    name: str | Path,
+    tokenizer,
+    n: int | None = None,
+    seed: int = 0,
+    dropout: float | None = None,
+    family: str | None = None,
+    max_length: int | None = None,
+    **kwargs,
+) -> PreTrainedModel:
+    """Load a reward model, or a backbone with a new head (two outputs for the family `normal`).
+
+    Raises `ValueError` for what can't be loaded, or is no such model.
+
+    Args:
+        name: Folder or id on the Hub of a backbone, or of a reward model with n quantiles.
+        tokenizer: Its tokenizer, from `load_tokenizer`.
+        n: Quantiles of a new head: 1 for a scalar model, 10 in the paper.
+        seed: Of the new head's weights.
+        dropout: Of every dropout layer; None keeps the backbone's own.
+        family: Of a new head: `normal`, `free` (see `read_quantiles`) or None.
+        max_length: Tokens in a sequence it is trained on; None: all it takes.
+        **kwargs: For `from_pretrained`, such as `dtype` or `device_map`.
+    """
     set_seed(seed)
     config = local_or_hub(AutoConfig.from_pretrained, name)
     n, family = choose_head(config, name, n, family)
-    load = AutoModelForSequenceClassification.from_pretrained
-    outputs = 2 if family == "normal" else n
-    kwargs = dict(dtype=torch.float32) | kwargs
-    model = local_or_hub(load, name, num_labels=outputs, use_safetensors=True, **kwargs)
+    trained = own_head(config) is not None
+    model = load_weights(name, 2 if family == "normal" else n, trained, **kwargs)
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     model.config.pad_token_id = tokenizer.pad_token_id
@@ -242,15 +199,22 @@ def load_reward_model(
     return model
 
 # %% ../nbs/01_model.ipynb #cell-45
-def choose_head(config, name, n, family):
-    "Number and family of the quantiles: a reward model's own, or else what is asked for."
+def own_head(config) -> tuple[int, str | None] | None:
+    "Number and family of the quantiles of a reward model; None for a backbone."
     levels, kinds = getattr(config, "quantile_levels", None), config.architectures or [""]
     if levels or kinds[0].endswith("ForSequenceClassification"):
-        own = len(levels or range(config.num_labels)), getattr(config, "quantile_family", None)
+        return len(levels or range(config.num_labels)), getattr(config, "quantile_family", None)
+    return None
+
+
+def choose_head(config, name, n, family):
+    "Number and family of the quantiles: a reward model's own, or else what is asked for."
+    if own := own_head(config):
         if (own[0] if n is None else n, family or own[1]) != own:
             raise InputError(
                 f"n, family: {n} and {family!r} were given, but {name} is a reward model with "
-                f"{own[0]} and {own[1]!r}; leave n and family out."
+                f"{own[0]} and {own[1]!r}; leave n and family out, or start from a model "
+                "without a head."
             )
         return own
     if n is None or n < 1:
@@ -260,7 +224,7 @@ def choose_head(config, name, n, family):
         raise InputError(f"family: {family!r} is unknown; choose normal or free, or none.")
     return n, family
 
-
+# %% ../nbs/01_model.ipynb #api01-weights
 def set_dropout(model, dropout):
     layers = [m for m in model.modules() if isinstance(m, torch.nn.Dropout)]
     if dropout and not layers:
@@ -270,22 +234,46 @@ def set_dropout(model, dropout):
         layer.p = dropout
 
 # %% ../nbs/01_model.ipynb #cell-53
-@torch.no_grad()
 def score(
     model: PreTrainedModel,  # a reward model
     tokenizer,  # its tokenizer
     prompt: str | list[dict],  # plain words, a dialogue in HH-RLHF's form, or chat messages
-    responses: list[str | list[dict]],  # replies: text, or one message each
+    responses: Sequence[str | list[dict]],  # replies: text, or one message each
     max_length: int | None = None,  # most tokens in a sequence; None: the model's own limit
-    row_tokens: int = 1024,  # most response tokens that are computed together
+    row_tokens: int = 1024,  # about how many tokens are computed together
 ) -> torch.Tensor:  # quantiles `[responses, N]`, float32
     "Score responses to one prompt; raises `ValueError` for what can't be read or doesn't fit."
+    return score_many(model, tokenizer, [prompt], [responses], max_length, row_tokens)[0]
+
+
+@torch.no_grad()
+def score_many(
+    model: PreTrainedModel,  # a reward model
+    tokenizer,  # its tokenizer
+    prompts: Sequence[str | list[dict]],  # of each request, as `score` takes it
+    responses: Sequence[Sequence[str | list[dict]]],  # replies to each prompt
+    max_length: int | None = None,  # most tokens in a sequence; None: the model's own limit
+    row_tokens: int = 1024,  # about how many tokens are computed together
+) -> list[torch.Tensor]:  # of each prompt, quantiles `[responses, N]`, float32
+    "Score responses to many prompts; raises `ValueError` as `score` does."
+    check_requests(prompts, responses)
+    limit, ends, rows = length_limit(model.config, max_length), sequence_ends(tokenizer), []
+    for i, asked in enumerate(zip(prompts, responses, strict=True)):
+        try:
+            rows.append(encode_request(tokenizer, ends, *asked, limit))
+        except ValueError as error:
+            which = f"request {i}: " if len(prompts) > 1 else ""
+            raise type(error)(f"{which}{error}") from None
+    outputs = outputs_of_rows(model.eval(), rows, tokenizer.pad_token_id, row_tokens)
+    return [read_quantiles(found, model.config) for found in outputs]
+
+# %% ../nbs/01_model.ipynb #api01-request
+def encode_request(tokenizer, ends, prompt, responses, limit) -> Row:
+    "Token ids of a prompt and of its responses; raises `ValueError` if one doesn't fit."
     prompt, responses = read_request(tokenizer, prompt, responses)
-    limit = length_limit(model.config, max_length)
-    start, ids = encode_dialogue(tokenizer, sequence_ends(tokenizer), prompt, responses, limit)
+    start, ids = encode_dialogue(tokenizer, ends, prompt, responses, limit)
     check_fits(len(start), [len(response) for response in ids], limit)
-    outputs = outputs_of_responses(model.eval(), start, ids, tokenizer.pad_token_id, row_tokens)
-    return read_quantiles(outputs, model.config)
+    return start, ids
 
 # %% ../nbs/01_model.ipynb #cell-57
 def read_quantiles(

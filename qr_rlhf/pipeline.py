@@ -102,16 +102,16 @@ def begin_run(
     source = World(judges=settings.judges) if synthetic else from_root(settings.data)
     choice = dict(subsets=settings.subsets, splits=settings.splits)
     read = partial(load_pairs, source, settings.workload, **choice)
-    train, dropped = read("train", n=settings.n_train)
-    evaluation, dropped_eval = read("test", n=settings.n_eval)
+    train, dropped = read(split="train", n=settings.n_train)
+    evaluation, dropped_eval = read(split="test", n=settings.n_eval)
     check_evaluation(evaluation)
     folder = (runs or root_path("runs")) / name
     found = dict(data_hash=data_hash(train, evaluation), versions=versions())
     lock = open_run(folder, dataclasses.asdict(settings) | found)
     train, valid = split_validation(train)
     pairs = dict(train=train, valid=valid, eval=evaluation)
-    dropped = dict(train=dropped, valid={}, eval=dropped_eval)
-    return Run(name, settings, folder, lock, pairs, dropped)
+    lost = dict(train=dropped, valid={}, eval=dropped_eval)
+    return Run(name, settings, folder, lock, pairs, lost)
 
 
 def check_evaluation(pairs: Dataset):

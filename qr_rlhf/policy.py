@@ -23,10 +23,15 @@ from .model import RewardDistribution, cvar_weights, score, to_scalar
 # %% ../nbs/08_policy.ipynb #cell-6
 @dataclass(frozen=True)
 class RiskMeasure:
-    "Reads a reward distribution as one number; raises `ValueError` for an unknown measure."
+    """Reads a reward distribution as one number; raises `ValueError` for an unknown measure.
 
-    name: str  # `mean`, `quantile`, `cvar`, `mean_spread` or `entropic`
-    parameter: float | None = None  # level τ, share α, λ or β; the mean has none
+    Args:
+        name: `mean`, `quantile`, `cvar`, `mean_spread` or `entropic`.
+        parameter: Level τ, share α, λ or β; the mean has none.
+    """
+
+    name: str
+    parameter: float | None = None
 
     def __post_init__(self):
         check_measure(self.name, self.parameter)
@@ -90,8 +95,8 @@ def read_measure(
     "Read a measure as papermill or a person gives it; raises `ValueError` if it isn't one."
     name, *rest = str(text).split()
     try:
-        (parameter,) = [float(word) for word in rest] or [None]
-    except ValueError:
+        parameter = float(*rest) if rest else None
+    except (ValueError, TypeError):
         raise InputError(
             f"measure: {text!r} can't be read; write a name and at most one number, "
             "such as cvar 0.2."
@@ -100,12 +105,21 @@ def read_measure(
 
 # %% ../nbs/08_policy.ipynb #cell-19
 def reward_function(
-    model: PreTrainedModel,  # a reward model
-    tokenizer,  # its tokenizer
-    measure: RiskMeasure,  # what is read from its distributions
-    max_length: int | None = None,  # most tokens in a sequence; None: the model's own limit
-) -> Callable:  # `f(prompts, completions, **kwargs) -> list[float]`
-    "Make a reward function for TRL; it raises `ValueError` for a completion that doesn't fit."
+    model: PreTrainedModel,
+    tokenizer,
+    measure: RiskMeasure,
+    max_length: int | None = None,
+) -> Callable:
+    """Make a reward function for TRL, `f(prompts, completions, **kwargs) -> list[float]`.
+
+    It raises `ValueError` for a completion that doesn't fit.
+
+    Args:
+        model: A reward model.
+        tokenizer: Its tokenizer.
+        measure: What is read from its distributions.
+        max_length: Most tokens in a sequence; None: the model's own limit.
+    """
     end = turn_end(tokenizer)
 
     def reward(prompts, completions, **kwargs):

@@ -26,6 +26,8 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from .formats import InputError
+
 # %% ../nbs/23_resume.ipynb #cell-6
 def write_whole(
     path: str | Path,  # where the file goes; its folder is made if need be
@@ -234,7 +236,7 @@ def check_same(
     "Raise `ValueError` if a checkpoint belongs to a training that was begun otherwise."
     begun = read_json(Path(checkpoint) / MANIFEST)["about"]
     if changes := find_changes(begun, about):
-        raise ValueError(
+        raise InputError(
             f"{Path(checkpoint).parent}: this training was begun otherwise ({changes}); "
             "go on with it as it was begun, or delete this folder to begin again."
         )
@@ -312,7 +314,7 @@ def hold(work: Path):
                 work.mkdir(parents=True, exist_ok=True)
                 lock.acquire()
         except Timeout:
-            raise ValueError(
+            raise InputError(
                 f"{work}: another process trains here; wait for it, or give another folder."
             ) from None
     try:

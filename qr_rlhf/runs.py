@@ -29,6 +29,7 @@ from matplotlib.figure import Figure
 from transformers import TrainingArguments
 
 from .data import data_hash, encode_pairs, load_pairs, split_validation
+from .formats import InputError
 from .large import keep_adapter, plain_backbone, trainable_model
 from .model import load_tokenizer
 from .resume import find_changes, naming_place, read_json, sweep, train_to, write_whole
@@ -85,7 +86,7 @@ def open_run(
             folder.mkdir(parents=True, exist_ok=True)
             lock.acquire()
     except Timeout:
-        raise ValueError(
+        raise InputError(
             f"{folder.name}: another process is working on this run; wait for it, "
             "or give this one another name."
         ) from None
@@ -106,12 +107,12 @@ def check_settings(path: Path, settings: dict):
     "Refuse a run that was made with other settings, or with nobody knows which."
     name, made_with = path.parent.name, read_json(path)
     if not made_with:
-        raise ValueError(
+        raise InputError(
             f"{name}: it can't be known how this run was made ({path.name} is missing or "
             "damaged); give another name, or delete its folder."
         )
     if changes := find_changes(made_with, settings):
-        raise ValueError(
+        raise InputError(
             f"{name}: this run exists with other settings ({changes}); "
             "give another name, or delete its folder."
         )
@@ -159,7 +160,7 @@ def reward_trainer(
     if model == "quantile":
         n, objective = settings.n_quantiles, settings.make_objective()
     if sharded() and settings.lora_rank:
-        raise ValueError(
+        raise InputError(
             "lora_rank: adapters are not trained under FSDP here; "
             "launch without --config_file, so that each device "
             "holds the frozen backbone, or leave lora_rank out."
@@ -170,7 +171,8 @@ def reward_trainer(
     loaded = trainable_model(start, tokenizer, n, seed, family=family, **how)
     rate, epochs, pairs = settings.learning_rate, settings.epochs, len(train)
     arguments = run_arguments(work, settings, pairs, epochs, seed=seed, learning_rate=rate)
-    return PairTrainer(loaded, arguments, tokenizer, train, valid, objective)
+    data = dict(train_dataset=train, eval_dataset=valid, processing_class=tokenizer)
+    return PairTrainer(loaded, arguments, objective=objective, **data)
 
 # %% ../nbs/15_runs.ipynb #cell-31
 def encode_parts(
@@ -194,8 +196,8 @@ def launch(
     which = dict(subsets=settings.subsets, splits=settings.splits)
     read = partial(load_pairs, from_root(settings.data), settings.workload, **which)
     with state.main_process_first():
-        pairs, _ = read("train", n=settings.n_train)
-        evaluation, _ = read("test", n=settings.n_eval)
+        pairs, _ = read(split="train", n=settings.n_train)
+        evaluation, _ = read(split="test", n=settings.n_eval)
         if state.is_main_process:
             also = dict(data_hash=data_hash(pairs, evaluation), versions=versions())
             lock = open_run(folder, dataclasses.asdict(settings) | also)
@@ -224,7 +226,7 @@ def read_arguments(arguments: list[str]) -> tuple[str | None, Settings]:
     name, settings = given.pop("name"), make_settings(**given)
     made_here = settings.data == "synthetic" or settings.backbone == "scratch"
     if made_here or settings.warm_up_epochs:
-        raise ValueError(
+        raise InputError(
             "launch: the embedded world, a backbone from scratch and warm-up belong to "
             "nbs/run.ipynb; give data and backbone, and warm_up_epochs 0."
         )

@@ -270,13 +270,14 @@ def hub_rows(
 # %% ../nbs/11_sources.ipynb #cell-42
 def find_rows(
     data: str | Path,  # a file; a folder; or the id of a dataset on the Hub
-    workload: str,  # which subset, in HH-RLHF's layout; else no more than a name
+    workload: str | None,  # which subset, in HH-RLHF's layout; else no more than a name
     split: str,  # `train` or `test`
     subsets: list[str] | None = None,  # in place of the workload's own; Hub: configurations
     splits: list[str] | None = None,  # as `choose_split` takes them
 ) -> tuple[Rows, bool]:  # rows; whether they must be cut in two
     "Find and read the rows of one split; raises `ValueError` for what can't be found or read."
-    path, configs = Path(data).expanduser(), subsets or [None]
+    path = Path(data).expanduser()
+    configs: list[str | None] = list(subsets) if subsets else [None]
     local = path.exists()
     check_path(data, path)
     if in_hh_layout(file_names(path)) if local else hub_in_hh_layout(str(data), configs):
@@ -322,9 +323,7 @@ def check_hh_request(data: object, workload: str, names: list | None, splits: li
 def check_own_layout(path: Path, subsets: list | None) -> None:
     "Raise `ValueError` for subsets, which only HH-RLHF has, and for what `save_to_disk` wrote."
     if subsets:
-        raise InputError(
-            f"subsets: {path} is not in HH-RLHF's layout and has none; leave subsets out."
-        )
+        raise InputError(f"subsets: {path} isn't in HH-RLHF's layout; leave subsets out.")
     if any((path / name).exists() for name in ("dataset_info.json", "dataset_dict.json")):
         raise InputError(
             f"{path}: this was written by save_to_disk of datasets, in Arrow's format; write "

@@ -32,7 +32,8 @@ args = training_arguments(
     disable_tqdm=True,
 )
 model = load_reward_model(folder / "backbone", tokenizer, n=10, seed=0)
-trainer = PairTrainer(model, args, tokenizer, load_from_disk(str(folder / "train")))
+pairs = load_from_disk(str(folder / "train"))
+trainer = PairTrainer(model, args, train_dataset=pairs, processing_class=tokenizer)
 trainer.train()
 
 weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])

@@ -41,7 +41,8 @@ def make(backbone, tokenizer, pairs, tmp_path):
     def make(objective=None, steps=3, folder=tmp_path / "work", arguments=None, **head):
         model = load_reward_model(backbone, tokenizer, **head)
         args = arguments or training_arguments(folder, steps, **FAST | dict(warmup_steps=0))
-        return PairTrainer(model, args, tokenizer, pairs, objective=objective)
+        data = dict(train_dataset=pairs, processing_class=tokenizer)
+        return PairTrainer(model, args, objective=objective, **data)
 
     return make
 
@@ -146,8 +147,9 @@ def test_a_warm_up_as_long_as_the_training_is_said(make, tmp_path, capsys, warm_
 def test_pairs_beyond_the_positions_are_refused(make, tokenizer, pairs):
     trainer = make(n=1)
     long = pairs.map(lambda row: dict(prompt_ids=row["prompt_ids"] * 40))
-    for tables in ((long, None), (pairs, long)):
-        told = refusal(PairTrainer, trainer.model, trainer.args, tokenizer, *tables)
+    for train, valid in ((long, None), (pairs, long)):
+        data = dict(train_dataset=train, eval_dataset=valid, processing_class=tokenizer)
+        told = refusal(PairTrainer, trainer.model, trainer.args, **data)
         assert re.search(r"max_length: \d+ is more than the model's 64 positions", told)
 
 
