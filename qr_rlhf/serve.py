@@ -179,7 +179,7 @@ class BodyLimit:
             message = await receive()
             taken += len(message.get("body", b""))
             if taken > self.most:
-                await drain(receive, self.most)
+                await drain(message, receive, self.most)
                 said = f"body: it has more than {self.most} bytes; send fewer texts at a time."
                 raise HTTPException(413, said)
             return message
@@ -187,12 +187,11 @@ class BodyLimit:
         await self.app(scope, counted, send)
 
 
-async def drain(receive, most: int):
-    while most > 0:
+async def drain(message: dict, receive, most: int):
+    "Read on to the end of the body, but no more than so many bytes."
+    while message.get("more_body") and most > 0:
         message = await receive()
-        if not message.get("more_body"):
-            return
-        most -= len(message["body"])
+        most -= len(message.get("body", b""))
 
 # %% ../nbs/22_serve.ipynb #cell-21
 def key_check(
@@ -202,8 +201,8 @@ def key_check(
     sent = HTTPBearer(auto_error=False)
 
     async def check_key(given: Annotated[HTTPAuthorizationCredentials | None, Depends(sent)]):
-        own = given.credentials if given else ""
-        if key and not secrets.compare_digest(own.encode(), key.encode()):
+        own = given.credentials.encode("latin-1") if given else b""  # as headers are read
+        if key and not secrets.compare_digest(own, key.encode()):
             said = "key: it is missing or wrong; send the header Authorization: Bearer <key>."
             raise HTTPException(401, said, {"WWW-Authenticate": "Bearer"})
 
