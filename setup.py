@@ -25,7 +25,7 @@ setup(
     install_requires=settings["requirements"].split(),
     extras_require={
         extra: settings[f"{extra}_requirements"].split()
-        for extra in ("dev", "bench", "policy", "peft")
+        for extra in ("dev", "bench", "policy", "serve", "peft")
     },
     entry_points={"nbdev": ["qr_rlhf=qr_rlhf._modidx:d"]},
     zip_safe=False,

@@ -16,11 +16,10 @@ import torch
 from transformers import PreTrainedModel
 
 from .chat import check_fits, length_limit, read_request
-from .data import encode_dialogue, sequence_ends
+from .data import collate_sequences, encode_dialogue, sequence_ends
 from .export import text_ends
 from .formats import check_text
 from .model import read_quantiles
-from .packing import separate_outputs
 
 # %% ../nbs/25_batches.ipynb #cell-8
 def encode_text(
@@ -151,9 +150,11 @@ class Scorer:
         "Quantiles of token ids, `[rows, N]`, on the CPU."
         config, pad = self.model.config, self.tokenizer.pad_token_id
         found = torch.empty(len(rows), len(config.quantile_levels))
-        for batch in length_batches([len(row) for row in rows], self.batch):
-            outputs = separate_outputs(self.model, [], [rows[i] for i in batch], pad)
-            found[batch] = read_quantiles(outputs.float(), config).cpu()
+        for places in length_batches([len(row) for row in rows], self.batch):
+            batch = collate_sequences([rows[i] for i in places], pad)
+            inputs = {name: values.to(self.model.device) for name, values in batch.items()}
+            outputs = self.model(**inputs).logits.float().cpu()
+            found[places] = read_quantiles(outputs, config)
         if not found.isfinite().all():
             raise FloatingPointError("the model gives rewards that are no finite numbers.")
         return found

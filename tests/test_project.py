@@ -14,7 +14,8 @@ from nbclient import NotebookClient
 from nbconvert import HTMLExporter
 
 ORDER = """formats chat sources data packing model losses training analysis figures grammar
-synthetic uncertainty large settings runs export policy pipeline experiments studies""".split()
+synthetic uncertainty large settings runs export policy batches serve pipeline experiments
+studies""".split()
 SHOWN = ["index", "run", "report"]
 NOTEBOOKS = [
     *sorted((ROOT / "nbs").glob("*.ipynb")),

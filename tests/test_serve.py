@@ -4,11 +4,13 @@ import asyncio
 import copy
 import json
 import re
+import shutil
 import socket
 
 import httpx
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 from serving import (
     ASK,
@@ -22,12 +24,21 @@ from serving import (
     known_rewards,
     save_model,
 )
+from transformers import GPT2Config, pipeline
 
 from qr_rlhf import serve
 from qr_rlhf.batches import encode_text, length_batches
 from qr_rlhf.export import ending_tokenizer, text_ends
-from qr_rlhf.model import RewardDistribution, score
-from qr_rlhf.policy import RiskMeasure
+from qr_rlhf.model import (
+    RewardDistribution,
+    load_reward_model,
+    load_tokenizer,
+    quantile_levels,
+    read_quantiles,
+    score,
+)
+from qr_rlhf.packing import describe_outputs
+from qr_rlhf.policy import RiskMeasure, export_reward_model
 from qr_rlhf.serve import BodyLimit, Limits, make_app
 
 TEXT = MARKED + "No."
@@ -131,6 +142,50 @@ def test_every_form_of_a_request_gives_the_same(saved):
     levels = [logs[f"reward at level {level:g}"] for level in model.config.quantile_levels]
     assert np.allclose(levels, expected.T, atol=1e-5)
     assert np.allclose(logs["mean"], answer.json()["rewards"], atol=1e-6)
+
+
+@pytest.mark.parametrize("family", [None, "normal", "free"])
+def test_the_stock_pipeline_gives_what_score_gives(tmp_path, family):
+    model, tokenizer = save_model(tmp_path, family)
+    stock = pipeline("text-classification", model=str(tmp_path))
+    outputs = {one["label"]: one["score"] for one in stock(TEXT + "<|endoftext|>", top_k=None)}
+    assert stock(TEXT + "<|endoftext|>")[0]["score"] == max(outputs.values())
+    in_order = torch.tensor([[outputs[model.config.id2label[i]] for i in range(len(outputs))]])
+    expected = score(model, tokenizer, "Why?", ["No."])
+    assert torch.allclose(read_quantiles(in_order, model.config), expected, atol=1e-5)
+    measure = None if family else RiskMeasure("cvar", 0.2)
+    export_reward_model(model, tokenizer, tmp_path / "export", measure)
+    exported = pipeline("text-classification", model=str(tmp_path / "export"))
+    wanted = expected[:, :2].mean() if measure else expected.mean()
+    for text in (TEXT, TEXT + "<|endoftext|>"):
+        (one,) = exported(text)
+        assert one["label"] == "reward" and abs(one["score"] - wanted) < 1e-5
+
+
+def test_outputs_have_names_and_no_loss(saved):
+    folder, model, tokenizer, _ = saved
+    config = json.loads((folder / "config.json").read_text())
+    names = [f"reward at level {level:g}" for level in quantile_levels(10)]
+    assert list(config["id2label"].values()) == names and config["label2id"][names[3]] == 3
+    assert config["problem_type"] == "regression"
+    assert model(**tokenizer(TEXT, return_tensors="pt")).loss is None
+    other = GPT2Config(num_labels=2)
+    describe_outputs(other, quantile_levels(10), "normal")
+    assert other.id2label == {0: "mean reward", 1: "log scale"} and other.num_labels == 2
+
+
+def test_a_checkpoint_of_an_earlier_version_loads_as_before(saved, tmp_path):
+    folder, model, tokenizer, _ = saved
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    config = json.loads((folder / "config.json").read_text())
+    del config["problem_type"]
+    config["id2label"] = {i: f"LABEL_{i}" for i in range(10)}
+    config["label2id"] = {f"LABEL_{i}": i for i in range(10)}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    old = load_reward_model(tmp_path, load_tokenizer(tmp_path))
+    found, expected = (score(m, tokenizer, "Why?", ["No."]) for m in (old, model))
+    assert torch.equal(found, expected)
+    assert old.config.problem_type == "regression" and old.config.id2label[0].endswith("0.05")
 
 
 @pytest.mark.parametrize("family", ["normal", "free"])
