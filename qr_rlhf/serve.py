@@ -42,7 +42,7 @@ except ImportError:
     raise ImportError(needed) from None
 
 # %% ../nbs/22_serve.ipynb #cell-8
-def at_most(default: int | None, help: str) -> dataclasses.Field:
+def at_most(default: int | None, help: str):
     return dataclasses.field(default=default, metadata=dict(help=help))
 
 
