@@ -295,7 +295,10 @@ def main(
         app = make_app(model, tokenizer, given.model, measure, limits, os.environ.get(KEY))
     except ValueError as error:
         sys.exit(str(error))
-    print(f"{given.model} on {device}: the reward is {measure}; /docs shows how to ask.")
+    print(
+        f"{given.model} on {device}: the reward is {measure}; /docs shows how to ask.",
+        flush=True,
+    )
     if given.host not in ("127.0.0.1", "localhost", "::1") and not os.environ.get(KEY):
         print(f"Whoever can reach {given.host} may ask; to change this, set {KEY}.")
     usual = dict(access_log=False, timeout_keep_alive=60)
