@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['CHAT_TEMPLATE', 'MODEL_CARD', 'CARD_METRICS', 'STRICT', 'JINJA', 'ADAPTER_CARD',
            'EXPORT_CARD', 'ending_normalizer', 'replacement', 'ending_tokenizer',
-           'check_ends', 'measured', 'model_card', 'write_card', 'export_card']
+           'text_ends', 'check_ends', 'measured', 'model_card', 'write_card',
+           'export_card']
 
 # %% ../nbs/16_export.ipynb #cell-3
 import dataclasses
@@ -20,7 +21,7 @@ from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from .analysis import METRICS, format_interval
 from .data import sequence_ends
-from .formats import InputError
+from .formats import InputError, write_chat
 from .runs import versions, write_whole
 from .settings import Settings
 from .sources import hub_id
@@ -65,7 +66,7 @@ def ending_tokenizer(
     tokenizer,  # a fast tokenizer of `transformers`
 ) -> PreTrainedTokenizerFast:  # a copy for stock tools
     "Make a tokenizer that ends every text by itself; raises `ValueError` where it can't."
-    before, after = sequence_ends(tokenizer)
+    before, after = text_ends(tokenizer)
     ends = [tokenizer.convert_ids_to_tokens(ids) for ids in (before, after)]
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     state["normalizer"] = ending_normalizer(state, *ends)
@@ -83,6 +84,18 @@ def ending_tokenizer(
     )
     check_ends(copy, tokenizer, before, after)
     return copy
+
+
+def text_ends(
+    tokenizer,  # a fast tokenizer of `transformers`
+) -> tuple[list[int], list[int]]:  # ids before a text, ids after it
+    "The ids around a whole text: `sequence_ends`, and the token a chat template opens with."
+    before, after = sequence_ends(tokenizer)
+    if tokenizer.chat_template and tokenizer.bos_token:
+        written = write_chat(tokenizer, [dict(role="user", content="a")])
+        opens = written.startswith(tokenizer.bos_token)
+        before = [tokenizer.bos_token_id] if opens else []
+    return before, after
 
 
 def check_ends(copy, tokenizer, before: list[int], after: list[int]):
@@ -210,11 +223,9 @@ print(score(model, tokenizer, "\n\nHuman: Why?\n\nAssistant:", responses))  # a 
 Without it, an ordinary checkpoint of `transformers`; the end token must be there:
 
 ```python
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
-tokenizer = AutoTokenizer.from_pretrained("<this folder>")
-model = AutoModelForSequenceClassification.from_pretrained("<this folder>")
-text = "\n\nHuman: Why?\n\nAssistant: Because." + tokenizer.eos_token
-print(model(**tokenizer(text, return_tensors="pt")).logits)
+from transformers import pipeline
+model = pipeline("text-classification", model="<this folder>", top_k=None)
+print(model("\n\nHuman: Why?\n\nAssistant: Because." + model.tokenizer.eos_token))
 ```
 
 {% if adapter %}
@@ -316,7 +327,7 @@ An ordinary reward model, whose tokenizer writes the end token itself:
 
 ```python
 from transformers import pipeline
-reward = pipeline("text-classification", model="<this folder>", function_to_apply="none")
+reward = pipeline("text-classification", model="<this folder>")
 print(reward("\n\nHuman: Why?\n\nAssistant: Because."))
 ```
 

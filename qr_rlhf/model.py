@@ -31,7 +31,7 @@ from qr_rlhf.backbones import (
 from .chat import check_fits, check_requests, length_limit, read_request
 from .data import encode_dialogue
 from .formats import InputError
-from .packing import Row, find_head, outputs_of_rows
+from .packing import Row, describe_outputs, find_head, outputs_of_rows
 
 _all_ = ["load_tokenizer", "local_or_hub", "tiny_gpt2", "train_tokenizer"]  # as before
 
@@ -190,8 +190,7 @@ def load_reward_model(
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     model.config.pad_token_id = tokenizer.pad_token_id
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    model.config.quantile_levels = quantile_levels(n)
-    model.config.quantile_family = family
+    describe_outputs(model.config, quantile_levels(n), family)
     if max_length:
         model.config.reward_max_length = length_limit(config, max_length)
     if dropout is not None:
@@ -318,7 +317,7 @@ def to_scalar(
         folded = (row @ old.detach().float()).to(old)
         setattr(head, name, torch.nn.Parameter(folded))
     head.out_features = model.num_labels = model.config.num_labels = 1
-    model.config.quantile_levels, model.config.quantile_family = quantile_levels(1), None
+    describe_outputs(model.config, quantile_levels(1), family=None)
     model.config.quantile_link = "mean"
     return model
 

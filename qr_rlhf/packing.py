@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['Row', 'FOUND', 'pack_row', 'collate_shared', 'shared_mask', 'find_head',
-           'reading_at', 'shared_quantiles', 'separate_outputs', 'packed_outputs',
-           'probe_row', 'shares_prompt', 'same_both_ways', 'cut_row',
-           'outputs_of_rows', 'row_lengths', 'pair_batch', 'check_lengths',
-           'can_share']
+           'describe_outputs', 'output_names', 'reading_at', 'shared_quantiles',
+           'separate_outputs', 'packed_outputs', 'probe_row', 'shares_prompt',
+           'same_both_ways', 'cut_row', 'outputs_of_rows', 'row_lengths',
+           'pair_batch', 'check_lengths', 'can_share']
 
 # %% ../nbs/12_packing.ipynb #cell-3
 from contextlib import contextmanager
@@ -72,6 +72,30 @@ def find_head(
     "Find the layer that puts out the quantiles."
     layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
     return [m for m in layers if m.out_features == model.config.num_labels][-1]
+
+# %% ../nbs/12_packing.ipynb #cell-so2
+def describe_outputs(
+    config,  # of a reward model; changed in place
+    levels: list[float],  # of its quantiles
+    family: str | None,  # how outputs are read, as in `load_reward_model`
+) -> None:
+    "Write into a configuration what the outputs are, for us and for stock tools."
+    names = output_names(levels, family)
+    config.quantile_levels, config.quantile_family = levels, family
+    config.problem_type = "regression"
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: i for i, name in enumerate(names)}
+
+
+def output_names(levels: list[float], family: str | None) -> list[str]:
+    "A name for each output."
+    if family == "normal":
+        return ["mean reward", "log scale"]
+    if family == "free":
+        return [f"quantile {i + 1} of {len(levels)}, unsorted" for i in range(len(levels))]
+    if len(levels) == 1:
+        return ["reward"]
+    return [f"reward at level {level:g}" for level in levels]
 
 # %% ../nbs/12_packing.ipynb #cell-25
 @contextmanager
