@@ -91,6 +91,13 @@ def test_a_second_run_in_the_same_kernel_passes():
 
 # errors
 
+COMPUTING = {"analysis", "synthetic", "uncertainty", "training"}  # met by those who program
+
+
+def test_errors_about_what_a_person_gave_are_of_one_class():
+    others = [p for p in (ROOT / "qr_rlhf").glob("*.py") if p.stem not in COMPUTING]
+    assert not [p.name for p in others if "raise ValueError(" in p.read_text(encoding="utf-8")]
+
 
 def fail():
     raise InputError("seeds: 'a' can't be read as list[int].")
