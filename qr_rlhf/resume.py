@@ -42,7 +42,8 @@ def write_whole(
             write(temporary)
             temporary.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary.exists():
+            temporary.unlink()
 
 # %% ../nbs/23_resume.ipynb #cell-8
 @contextmanager
@@ -210,7 +211,10 @@ def last_checkpoint(
             return str(checkpoint)
         if first_process():
             wrong = " and ".join(damage)
-            print(f"{folder}: {wrong}; {checkpoint.name} is passed over", flush=True)
+            print(
+                f"{checkpoint.parent.name}: {wrong}; {checkpoint.name} is passed over",
+                flush=True,
+            )
 
 
 def best_of(checkpoint: Path) -> Path | None:
