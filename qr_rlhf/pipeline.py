@@ -165,12 +165,12 @@ def train_models(run: Run):
     "Train a scalar and a quantile model for each seed."
     data = dict(train=run.pairs["train"], valid=run.pairs["valid"])
     common = dict(settings=run.settings, start=run.start, tokenizer=run.tokenizer) | data
-    finish = [keep_adapter] if run.settings.lora_rank else []
+    finish = keep_adapter if run.settings.lora_rank else None
     folders = run.folders()
     for i, ((model, seed), folder) in enumerate(folders.items(), start=1):
         title = f"training {i} of {len(folders)}: {model} model, seed {seed}"
         make = partial(reward_trainer, model=model, seed=seed, **common)
-        if train_to(folder, make, *finish, title=title):
+        if train_to(folder, make, finish, title):
             (run.folder / "rewards.parquet").unlink(missing_ok=True)  # of an earlier model
 
 # %% ../nbs/18_pipeline.ipynb #cell-22

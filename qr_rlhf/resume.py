@@ -69,6 +69,7 @@ def why_unwritable(place: Path) -> str | None:
             probe.write(bytes(1_000_000))
     except OSError as error:
         return error.strerror
+    return None
 
 # %% ../nbs/23_resume.ipynb #cell-12
 LEFTOVER = re.compile(r"\..+\.\d+(\.\w+)?")  # as `write_whole` names its temporary files
@@ -215,6 +216,7 @@ def last_checkpoint(
                 f"{checkpoint.parent.name}: {wrong}; {checkpoint.name} is passed over",
                 flush=True,
             )
+    return None
 
 
 def best_of(checkpoint: Path) -> Path | None:

@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from http import HTTPStatus
-from typing import Annotated
+from typing import Annotated, Any
 from uuid import uuid4
 
 import torch
@@ -74,17 +74,16 @@ class ClassifyRequest(BaseModel):
 
     def texts(self) -> list:
         "The texts that are asked for; raises `ValueError` if there are none."
+        asked: Any = self.input
         for name in CHANGING:
             if self.model_extra.get(name):
                 raise InputError(f"{name}: this server doesn't know it; leave it out.")
         if self.input is None and is_list(self.messages, dict):
             return [self.messages]
-        if self.messages is None and isinstance(self.input, str):
-            return [self.input]
-        if self.messages is None and is_list(self.input, int):
-            return [self.input]
-        if self.messages is None and (is_list(self.input, str) or is_list(self.input, list)):
-            return self.input
+        if self.messages is None and (isinstance(asked, str) or is_list(asked, int)):
+            return [asked]
+        if self.messages is None and (is_list(asked, str) or is_list(asked, list)):
+            return asked
         raise InputError("input: give input, a text or a list of texts, or else messages.")
 
 
@@ -103,7 +102,7 @@ def classified(
         dict(index=i, label="reward", probs=[reward], num_classes=1)
         for i, reward in enumerate(rewards)
     ]
-    usage = dict(prompt_tokens=tokens, total_tokens=tokens, completion_tokens=0)
+    usage: dict = dict(prompt_tokens=tokens, total_tokens=tokens, completion_tokens=0)
     usage |= dict(prompt_tokens_details=None)
     whole = dict(id=f"classify-{uuid4().hex}", object="list", created=int(time.time()))
     return whole | dict(model=name, data=data, usage=usage)
@@ -308,8 +307,8 @@ def main(
 
 
 def read_options(arguments: list[str]) -> argparse.Namespace:
-    about = f"Serve a reward model over HTTP. {KEY} may hold a key that clients must send."
-    parser = argparse.ArgumentParser("python -m qr_rlhf.serve", description=about)
+    purpose = f"Serve a reward model over HTTP. {KEY} may hold a key that clients must send."
+    parser = argparse.ArgumentParser("python -m qr_rlhf.serve", description=purpose)
     parser.add_argument("model", help="folder or id on the Hub of a reward model")
     parser.add_argument("--measure", default="mean", help='such as "cvar 0.2" (mean)')
     parser.add_argument("--host", default="127.0.0.1", help="address to bind (127.0.0.1)")
