@@ -29,7 +29,7 @@ from .analysis import win_logprob
 from .losses import OBJECTIVES, Objective
 from .model import load_reward_model, load_tokenizer
 from .pipeline import write_scratch
-from .resume import train_to
+from .resume import take_up, train_to
 from .runs import encode_parts, run_arguments
 from .settings import Settings
 from .training import PairTrainer, warm_up_trainer
@@ -300,7 +300,7 @@ def warm_up(
     settings: Settings,  # a backbone from scratch, or another one, and its warm-up
 ) -> bool:  # whether it was trained now (or else taken up as finished)
     "Train a language model on chosen dialogues, in `folder/warm_up`; others start from it."
-    if (folder / "warm_up").exists():
+    if take_up(folder / "warm_up"):
         return False
     start: str | Path = settings.backbone
     if start == "scratch":

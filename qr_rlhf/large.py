@@ -7,8 +7,8 @@ __all__ = ['NF4', 'add_adapter', 'need', 'float32_head', 'trainable_model', 'che
            'load_adapter', 'merge_adapter', 'load_base', 'find_base', 'how_held',
            'naming_base', 'reward_config', 'head_rows', 'adapter_folder',
            'adapter_tokenizer', 'keep_adapter', 'shorten_base', 'check_complete',
-           'plain_backbone', 'is_adapter', 'merge_language_model', 'embedding_rows',
-           'check_mergeable']
+           'plain_backbone', 'merged_place', 'is_adapter', 'merge_language_model',
+           'embedding_rows', 'check_mergeable']
 
 # %% ../nbs/14_large.ipynb #cell-3
 import importlib
@@ -26,7 +26,7 @@ from .backbones import load_tokenizer, local_or_hub
 from .formats import InputError
 from .model import load_reward_model, own_head, quantile_levels
 from .packing import find_head
-from .resume import write_folder
+from .resume import checksum, write_folder
 from .sources import root_path
 
 # %% ../nbs/14_large.ipynb #cell-10
@@ -272,6 +272,16 @@ def plain_backbone(
 
     write_folder(folder, write)
     return Path(folder)
+
+
+def merged_place(
+    name: str | Path,  # folder or id on the Hub of a language model's adapter
+    output: Path,  # what is trained from it
+) -> Path:  # beside the output
+    "Where to merge an adapter; with other weights it is another place."
+    weights = Path(name).expanduser() / "adapter_model.safetensors"
+    which = checksum(weights)[:8] if weights.exists() else Path(name).name
+    return output.with_name(f"{output.name}.backbone-{which}")
 
 # %% ../nbs/14_large.ipynb #cell-45
 def is_adapter(

@@ -5,16 +5,14 @@
 # %% auto #0
 __all__ = ['TOLD', 'RewardModel', 'measure', 'load', 'check_trained', 'train', 'read_objective',
            'read_parts', 'read_all', 'encode', 'say_dropped', 'plan',
-           'main_process_first', 'check_output', 'write_json']
+           'main_process_first', 'check_output']
 
 # %% ../nbs/21_library.ipynb #cell-3
 import dataclasses
-import json
 import math
 import os
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +31,7 @@ from qr_rlhf.large import (
     is_adapter,
     keep_adapter,
     merge_adapter,
+    merged_place,
     plain_backbone,
     trainable_model,
 )
@@ -44,8 +43,8 @@ from qr_rlhf.model import (
     read_link,
     score_many,
 )
-from .policy import export_reward_model, read_measure
-from .resume import find_changes, train_to, write_whole
+from .policy import check_unfinished, export_reward_model, read_measure
+from .resume import MANIFEST, find_changes, find_damage, read_json, train_to, write_json
 from .training import PairTrainer, score_pairs, training_arguments
 
 # %% ../nbs/21_library.ipynb #cell-6
@@ -131,6 +130,7 @@ class RewardModel:
         Args:
             folder: Where they go.
         """
+        check_unfinished(folder)
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
@@ -154,6 +154,8 @@ def load(folder: str | Path, device: str | None = None, **kwargs) -> RewardModel
         device: Where it computes, such as `cpu`; None: on an accelerator, if there is one.
         **kwargs: For `from_pretrained`, such as `dtype` or `device_map`.
     """
+    if is_adapter(folder) and kwargs:
+        raise InputError(f"{', '.join(kwargs)}: an adapter is loaded without; leave it out.")
     if is_adapter(folder):
         tokenizer = adapter_tokenizer(folder)
         model = merge_adapter(folder, tokenizer)
@@ -220,8 +222,7 @@ def train(
     output = Path(output).expanduser()
     objective, n = read_objective(objective, n_quantiles)
     with main_process_first():
-        merged = output.with_name(f"{output.name}.{Path(backbone).name}")  # of an adapter
-        start = plain_backbone(backbone, merged)
+        start = plain_backbone(backbone, merged_place(backbone, output))
         tables = read_parts(pairs, validation)
     tokenizer, config = load_tokenizer(start), local_or_hub(AutoConfig.from_pretrained, start)
     limit = max_length or min(1024, length_limit(config))
@@ -229,13 +230,14 @@ def train(
     head = dict(n=n, family=getattr(objective, "family", None), max_length=limit)
     how = dict(seed=seed, precision=precision)
     rates = dict(epochs=epochs, batch_size=batch_size, learning_rate=learning_rate)
-    told = dict(backbone=str(backbone), objective=str(objective), lora_rank=lora_rank)
+    named = objective if dataclasses.is_dataclass(objective) else type(objective).__qualname__
+    told = dict(backbone=str(backbone), objective=str(named), lora_rank=lora_rank)
     told |= head | how | rates | dict(data_hash=data_hash(*filter(None, tables)))
     told |= {name: str(value) for name, value in kwargs.items()}
     check_output(output, told)
 
     def make(work):
-        write_whole(work / TOLD, partial(write_json, told))
+        write_json(work / TOLD, told)
         model = trainable_model(start, tokenizer, **head, **how, lora_rank=lora_rank)
         evaluations = 10 if parts[1] else 0
         given = dict(evaluations=evaluations) | plan(len(parts[0]), **rates, **kwargs)
@@ -246,7 +248,7 @@ def train(
     def finish(model, folder):
         if lora_rank:
             keep_adapter(model, folder)
-        write_json(told, folder / TOLD)
+        write_json(folder / TOLD, told)
 
     if not train_to(output, make, finish):
         print(f"{output}: taken up, it was finished already")
@@ -330,14 +332,11 @@ def check_output(output: Path, told: dict) -> None:
     work = output.with_name(f"{output.name}.working")
     begun = work if any(work.glob("checkpoint-*")) else None
     for folder in filter(Path.is_dir, filter(None, (output, begun))):
-        found = folder / TOLD
-        before = json.loads(found.read_text()) if found.exists() else {}
+        before = read_json(folder / TOLD)
+        if (folder / MANIFEST).exists() and find_damage(folder):
+            continue  # `train_to` says so, and keeps it under another name
         if changes := find_changes(before, told):
             what = f"another training ({changes})" if before else "something else"
             raise InputError(
                 f"output: {folder} holds {what}; give another folder, or delete it."
             )
-
-
-def write_json(values: dict, path: Path) -> None:
-    path.write_text(json.dumps(values, indent=1))

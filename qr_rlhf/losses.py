@@ -310,7 +310,7 @@ def usual_objective(
         return DistributionalObjective(family, n=len(config.quantile_levels))
     if config.num_labels == 1:
         return PaperObjective(target="none")
-    return PaperObjective(link=read_link(config))
+    return PaperObjective(link=read_link(config) or "mean")
 
 
 def check_objective(

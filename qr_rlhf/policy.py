@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHARE', 'POSITIVE', 'MEASURES', 'RiskMeasure', 'check_measure', 'read_measure',
-           'reward_function', 'export_reward_model', 'name_class']
+           'reward_function', 'export_reward_model', 'check_unfinished', 'name_class']
 
 # %% ../nbs/08_policy.ipynb #cell-3
 import json
@@ -19,6 +19,7 @@ from .chat import own_turn, turn_end
 from .export import ending_tokenizer, export_card, write_card
 from .formats import InputError
 from .model import RewardDistribution, cvar_weights, score, to_scalar
+from .resume import MANIFEST
 
 # %% ../nbs/08_policy.ipynb #cell-6
 @dataclass(frozen=True)
@@ -150,6 +151,7 @@ def export_reward_model(
 
     Raises `ValueError` where the measure is not linear in the model's outputs.
     """
+    check_unfinished(folder)
     n, measure = len(model.config.quantile_levels), measure or RiskMeasure("mean")
     scalar = to_scalar(model, None if measure.name == "mean" else measure.weights(n))
     scalar.config.risk_measure = str(measure)
@@ -159,6 +161,12 @@ def export_reward_model(
     name_class(Path(folder) / "tokenizer_config.json")
     write_card(folder, export_card(scalar.config, model.name_or_path))
     return scalar
+
+
+def check_unfinished(folder: str | Path):
+    "Raise `ValueError` for a folder that holds a finished training, before something is saved."
+    if (Path(folder) / MANIFEST).exists():
+        raise InputError(f"folder: {folder} holds a finished training; give another folder.")
 
 
 def name_class(config: Path):

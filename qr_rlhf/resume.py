@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LEFTOVER', 'MANIFEST', 'write_whole', 'naming_place', 'why_unwritable', 'sweep',
-           'write_manifest', 'checksum', 'find_damage', 'read_json', 'take_up',
-           'first_process', 'write_folder', 'Manifests', 'AlreadyTrained',
+           'write_manifest', 'write_json', 'checksum', 'find_damage', 'read_json',
+           'take_up', 'first_process', 'write_folder', 'Manifests', 'AlreadyTrained',
            'last_checkpoint', 'best_of', 'decisive', 'check_same', 'find_changes',
            'train_to', 'train_on', 'save', 'hold', 'dropping_halves']
 
@@ -95,8 +95,15 @@ def write_manifest(
     folder, unlisted = Path(folder), (MANIFEST, "README.md")
     files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in unlisted]
     listed = {path.relative_to(folder).as_posix(): checksum(path) for path in files}
-    text = json.dumps(about | dict(files=listed), indent=1)
-    write_whole(folder / MANIFEST, lambda path: path.write_text(text))
+    write_json(folder / MANIFEST, about | dict(files=listed))
+
+
+def write_json(
+    path: Path,  # where to
+    values: dict,  # as JSON can hold them
+):
+    "Write a JSON file whole."
+    write_whole(path, lambda place: place.write_text(json.dumps(values, indent=1)))
 
 
 def checksum(path: Path) -> str:

@@ -32,7 +32,15 @@ from .data import data_hash, encode_pairs, load_pairs, split_validation
 from .formats import InputError
 from .large import keep_adapter, plain_backbone, trainable_model
 from .model import load_tokenizer
-from .resume import find_changes, naming_place, read_json, sweep, train_to, write_whole
+from qr_rlhf.resume import (
+    find_changes,
+    naming_place,
+    read_json,
+    sweep,
+    take_up,
+    train_to,
+    write_whole,
+)
 from .settings import Settings, make_settings, parameters
 from .sources import from_root, root_path
 from .training import PairTrainer, training_arguments
@@ -201,6 +209,9 @@ def launch(
         if state.is_main_process:
             also = dict(data_hash=data_hash(pairs, evaluation), versions=versions())
             lock = open_run(folder, dataclasses.asdict(settings) | also)
+            models = product(("scalar", "quantile"), settings.seeds)
+            if not all([take_up(folder / model / f"seed{seed}") for model, seed in models]):
+                (folder / "rewards.parquet").unlink(missing_ok=True)  # of earlier models
         start = plain_backbone(from_root(settings.backbone), folder / "backbone")
     tokenizer = load_tokenizer(start)
     train, valid = encode_parts(pairs, tokenizer, settings)

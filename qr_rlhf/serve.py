@@ -144,7 +144,7 @@ async def say_error(request, error: Exception) -> JSONResponse:
             status, said, headers = 503, str(error), {"Retry-After": "1"}
         case RequestValidationError():
             status, said = 400, first_fault(error)
-        case ValueError():
+        case InputError():
             status, said = 400, str(error)
         case _:
             status, said = 500, "the server could not compute this; its log says why."
@@ -229,7 +229,7 @@ def make_app(
     scorer = Scorer(model, tokenizer, limits.length, limits.waiting, limits.batch)
     app = FastAPI(title="A reward model of qr_rlhf", description=ABOUT)
     app.add_middleware(BodyLimit, most=limits.body)
-    for kind in (HTTPException, Busy, RequestValidationError, ValueError, Exception):
+    for kind in (HTTPException, Busy, RequestValidationError, InputError, Exception):
         app.add_exception_handler(kind, say_error)
     guarded = dict(dependencies=[Depends(key_check(key))])
 

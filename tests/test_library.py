@@ -28,6 +28,7 @@ from qr_rlhf import PairTrainer, RewardDistribution, load, load_pairs, load_rewa
 from qr_rlhf.backbones import load_tokenizer, tiny_gpt2, train_tokenizer
 from qr_rlhf.data import encode_pairs
 from qr_rlhf.packing import FOUND
+from qr_rlhf.resume import find_damage
 
 TRAIN = """
 from qr_rlhf import train
@@ -359,6 +360,23 @@ def test_training_is_taken_up_and_another_one_refused(place, tmp_path, capsys):
     assert "mine holds something else" in told
 
 
+def test_a_finished_training_is_not_written_over(place, trained):
+    model = load(place / "rewards", device="cpu")
+    told = refusal(model.export, place / "rewards", "cvar 0.2")
+    assert "rewards holds a finished training; give another folder." in told
+    assert refusal(model.save, place / "rewards") == told
+    assert find_damage(place / "rewards") == ""
+
+
+def test_a_damaged_training_is_kept_aside_and_made_again(place, tmp_path, capsys):
+    how = dict(validation=None, max_steps=2, **QUICK)
+    first = train(place / "backbone", PAIRS, tmp_path / "rm", **how)
+    (tmp_path / "rm" / "training.json").write_text("{")
+    again = train(place / "backbone", PAIRS, tmp_path / "rm", **how)
+    assert "training.json is damaged; kept as rm.damaged" in capsys.readouterr().out
+    assert torch.equal(first.model.score.weight, again.model.score.weight)
+
+
 @pytest.mark.parametrize(
     ("objective", "family", "outputs"),
     [("scalar", None, 1), ("distributional", "normal", 2), ("free", "free", 10)],
@@ -430,6 +448,8 @@ def test_an_adapter_that_peft_made_alone_is_loaded(place, tmp_path):
         expected = model(torch.cat([ids, end], dim=1)).logits
     found = load(tmp_path, device="cpu").score(ASKED, ["9"]).quantiles
     assert found.shape == (1, 4) and (found - expected).abs().max() < 1e-5
+    told = refusal(load, tmp_path, dtype=torch.bfloat16)
+    assert "dtype: an adapter is loaded without; leave it out." in told
     base = load_base(place / "backbone", num_labels=4)
     bare = peft.get_peft_model(base, peft.LoraConfig(task_type="FEATURE_EXTRACTION", r=2))
     bare.save_pretrained(tmp_path / "bare")

@@ -27,7 +27,7 @@ from serving import (
 from transformers import GPT2Config, pipeline
 
 from qr_rlhf import serve
-from qr_rlhf.batches import encode_text, length_batches
+from qr_rlhf.batches import Scorer, encode_text, length_batches
 from qr_rlhf.export import ending_tokenizer, text_ends
 from qr_rlhf.model import (
     RewardDistribution,
@@ -241,6 +241,22 @@ def test_a_bad_request_spoils_no_other(saved):
     answers = ask(app, *[("/classify", body) for body in bodies])
     assert [answer.status_code for answer in answers] == [200, 400, 400, 200]
     assert "tokens with its ends, but a sequence may have 512; shorten it." in told(answers[1])
+
+
+def test_a_request_that_cannot_be_computed_spoils_no_other(saved, monkeypatch):
+    _, model, tokenizer, _ = saved
+    compute = Scorer.compute
+
+    def compute_short(scorer, rows):
+        if max(map(len, rows)) > 100:
+            raise MemoryError
+        return compute(scorer, rows)
+
+    monkeypatch.setattr(Scorer, "compute", compute_short)
+    app = make_app(model, tokenizer, "m")
+    bodies = [dict(input=TEXT), dict(input="a" * 300), dict(input=TEXT)]
+    answers = ask(app, *[("/classify", body) for body in bodies])
+    assert [answer.status_code for answer in answers] == [200, 500, 200]
 
 
 def test_a_body_is_counted_while_it_comes_in(server):
