@@ -179,17 +179,17 @@ def check_choice(name: str, value: str, known: Iterable[str]) -> None:
 class DistributionalObjective(Objective):
     """Likelihood of the vote when both rewards are drawn from the predicted distributions.
 
-    With normal quantiles it is PURM's model (arXiv 2503.22480), on N quantiles, with a pool.
+    With normal quantiles it is PURM's model (arXiv 2503.22480), on N quantiles.
     Ten quantiles μ + s·z have standard deviation .938 s: s is 6.6 % above that of rewards.
 
     Args:
         family: `normal`: outputs are μ and log s; `free`: the quantiles in any order.
-        pool: Weight of the variance of log s over a batch.
+        pool: Weight of the variance of log s over a batch; 0: none.
         n: Quantiles, N.
     """
 
     family: str = "normal"
-    pool: float = 0.001
+    pool: float = 0.0
     n: int = 10
     link = "distributional"
 
