@@ -288,7 +288,7 @@ OBJECTIVES = {  # name → (objective, number of outputs)
     "dpl_categorical": (CategoricalDPL(), 10),
 }
 
-# %% ../nbs/02_losses.ipynb #x
+# %% ../nbs/02_losses.ipynb #4092073c
 RECONSTRUCTIONS = {  # name → (objective, number of outputs)
     "paper, κ = 0": (PaperObjective(kappa=0), 10),
     "paper, weight 10": (PaperObjective(weight=10), 10),

@@ -40,3 +40,28 @@ def test_the_truth_gains_by_caution_and_bounds_the_models(project):
     assert most > 1
     at_most = rows[(rows.n == 16) & (rows.world == "separate judges")]
     assert (at_most["true CVaR"] < most).all()
+
+
+def test_which_objective_reports_on_other_worlds_than_it_tunes_on(project):
+    small = dict(worlds="5,7", tuned_on="4", weights=0.01, pairs=600, tuning_pairs=300)
+    kinds = "spread of response,spread of prompt"
+    project.run("studies/objective", check=False, kinds=kinds, n_test=60, epochs=1, **small)
+    results = project.results("objective")
+    assert set(results["results"]) == {"spread of response", "spread of prompt"}
+    for found in results["results"].values():
+        assert set(found) == {
+            "pool 0.001",
+            "no pool",
+            "pool within pairs, 0.01",
+            "purm",
+            "free",
+        }
+        assert all(len(values) == 2 for model in found.values() for values in model.values())
+        assert min(min(model["gap"]) for model in found.values()) > 0
+    assert {row["world"] for row in results["tried"]} == {4}
+    assert set(results["noise"]) == set(results["known"]) == set(results["results"])
+    assert min(results["noise"].values()) > 0
+    of_prompt, of_response = (
+        results["known"][f"spread of {owner}"] for owner in ("prompt", "response")
+    )
+    assert sum(of_prompt) <= sum(of_response)
