@@ -179,17 +179,17 @@ def check_choice(name: str, value: str, known: Iterable[str]) -> None:
 class DistributionalObjective(Objective):
     """Likelihood of the vote when both rewards are drawn from the predicted distributions.
 
-    With normal quantiles it is PURM's model (arXiv 2503.22480), on N quantiles, with a pool.
+    With normal quantiles it is PURM's model (arXiv 2503.22480), on N quantiles.
     Ten quantiles μ + s·z have standard deviation .938 s: s is 6.6 % above that of rewards.
 
     Args:
         family: `normal`: outputs are μ and log s; `free`: the quantiles in any order.
-        pool: Weight of the variance of log s over a batch.
+        pool: Weight of the variance of log s over a batch; 0: none.
         n: Quantiles, N.
     """
 
     family: str = "normal"
-    pool: float = 0.001
+    pool: float = 0.0
     n: int = 10
     link = "distributional"
 
@@ -288,7 +288,7 @@ OBJECTIVES = {  # name → (objective, number of outputs)
     "dpl_categorical": (CategoricalDPL(), 10),
 }
 
-# %% ../nbs/02_losses.ipynb #cell-ff5d499d
+# %% ../nbs/02_losses.ipynb #4092073c
 RECONSTRUCTIONS = {  # name → (objective, number of outputs)
     "paper, κ = 0": (PaperObjective(kappa=0), 10),
     "paper, weight 10": (PaperObjective(weight=10), 10),

@@ -107,7 +107,7 @@ class Settings:
         "quantile model: paper or distributional", "paper", choices=["paper", "distributional"]
     )
     family: str = setting("distributional: normal quantiles or free ones", "normal")
-    pool: float = setting("distributional, normal: weight of the variance of log s", 0.001)
+    pool: float = setting("distributional, normal: weight of the variance of log s", 0.0)
     target: str = setting("paper: quantiles regress on label, shift, own or none", "label")
     weight: float = setting("paper: of the quantile Huber loss", 1.0)
     kappa: float = setting("paper: of the quantile Huber loss; 0 is the pinball loss", 1.0)

@@ -51,3 +51,28 @@ def test_each_model_takes_the_values_with_the_lowest_log_loss(project):
     assert results["best"] == {m: means[m].idxmin() for m in ("quantile", "scalar")}
     demo, changed = results["trials"][0], results["trials"][1:]
     assert all(sum(trial[k] != demo[k] for k in demo) == 1 for trial in changed)
+
+
+def test_which_objective_reports_on_other_worlds_than_it_tunes_on(project):
+    small = dict(worlds="5,7", tuned_on="4", weights=0.01, pairs=600, tuning_pairs=300)
+    kinds = "spread of response,spread of prompt"
+    project.run("studies/objective", check=False, kinds=kinds, n_test=60, epochs=1, **small)
+    results = project.results("objective")
+    assert set(results["results"]) == {"spread of response", "spread of prompt"}
+    for found in results["results"].values():
+        assert set(found) == {
+            "pool 0.001",
+            "no pool",
+            "pool within pairs, 0.01",
+            "purm",
+            "free",
+        }
+        assert all(len(values) == 2 for model in found.values() for values in model.values())
+        assert min(min(model["gap"]) for model in found.values()) > 0
+    assert {row["world"] for row in results["tried"]} == {4}
+    assert set(results["noise"]) == set(results["known"]) == set(results["results"])
+    assert min(results["noise"].values()) > 0
+    of_prompt, of_response = (
+        results["known"][f"spread of {owner}"] for owner in ("prompt", "response")
+    )
+    assert sum(of_prompt) <= sum(of_response)
