@@ -1,8 +1,11 @@
 "The studies of ingredients and of caution, at sizes at which they only have to run."
 
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import error
 
 
 @pytest.fixture(scope="module")
@@ -40,3 +43,71 @@ def test_the_truth_gains_by_caution_and_bounds_the_models(project):
     assert most > 1
     at_most = rows[(rows.n == 16) & (rows.world == "separate judges")]
     assert (at_most["true CVaR"] < most).all()
+
+
+def write_ratings(path, known=True, responses=12, people=16):
+    "A table of ratings: strict and mild people, good and bad responses."
+    rng = np.random.default_rng(0)
+    mild = rng.normal(size=people)
+    with open(path, "w") as file:
+        for quality in np.linspace(-2, 2, responses):
+            felt = quality + mild + rng.normal(size=people)
+            given = np.digitize(felt, [-0.5, 0.5])
+            row = [["No", "Unsure", "Yes"][k] for k in given]
+            row = row if known else row[: people - int(rng.integers(4))]
+            file.write(json.dumps(dict(prompt="Why?", ratings=row)) + "\n")
+
+
+KNOWN = dict(votes="200,600", seeds="0,1", precisions="0.3,1", target=0.5, check=False)
+
+
+def test_known_people_study(project):
+    place = project.folder / "ratings"
+    place.mkdir()
+    write_ratings(place / "all.jsonl")
+    write_ratings(place / "some.jsonl", known=False)
+    project.run("studies/known_people", ratings="ratings", **KNOWN)
+    results = project.results("known_people")
+    table = [json.loads(line)["ratings"] for line in (place / "all.jsonl").open()]
+    table = np.array([[dict(No=0, Unsure=0.5, Yes=1)[r] for r in row] for row in table])
+    assert np.isclose(results["deviations"]["means of people"], table.mean(0).std())
+    assert np.isclose(results["deviations"]["means of responses"], table.mean(1).std())
+    tied = [(a == b).mean() for i, a in enumerate(table) for b in table[:i]]
+    assert np.isclose(results["designs"]["one judge"]["votes that decide"], 1 - np.mean(tied))
+    rows = pd.DataFrame(results["rows"])
+    assert set(rows.table) == {"all", "some"}
+    assert (rows[rows.table == "some"].judges == "separate judges").all()
+    at_end = rows[(rows.votes == rows.votes.max()) & (rows.model == "scalar")]
+    assert (at_end.means > 0.9).all()
+    assert set(rows.model) == {"scalar", "dpl_normal", "purm"}
+
+
+def test_known_people_study_asks_for_ratings(project):
+    assert "-p ratings" in error(project.papermill("studies/known_people"))
+    write_ratings(project.folder / "unknown.jsonl", known=False)
+    refused = project.papermill("studies/known_people", ratings="unknown.jsonl", **KNOWN)
+    assert "nobody knows who gave which" in error(refused)
+    refused = project.papermill(
+        "studies/known_people", ratings="unknown.jsonl", **KNOWN | dict(scale="No,Yes")
+    )
+    assert "line 1: the rating" in error(refused) and "give scale" in error(refused)
+
+
+def test_bounds_study(demo):
+    small = dict(seeds="10,11", pairs="300,600", n_test=200, epochs=2, check=False)
+    demo.run("studies/bounds", run="harmless", **small)
+    results = demo.results("bounds")
+    rows = pd.DataFrame(results["rows"])
+    assert len(rows) == 2 * 2 * 6
+    assert rows.width.gt(0).all() and rows.people.between(0, 1).all()
+    unknown = rows.groupby("method").log_odds.apply(lambda held: held.isna().all())
+    assert unknown.to_dict() == {
+        "dpl_normal": True,
+        "distributional": True,
+        "ensemble": False,
+        "laplace": False,
+        "laplace, purm": False,
+        "purm": True,
+    }
+    assert (rows.confident_true + rows.confident_false <= 1).all()
+    assert set(results["run"]) == {"laplace", "seeds"}
