@@ -1,11 +1,15 @@
-"The studies of ingredients and of caution, at sizes at which they only have to run."
+"Some studies, at sizes at which they only have to run."
 
+import ast
 import json
 
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import error
+from conftest import ROOT, error
+
+from qr_rlhf.formats import InputError
+from qr_rlhf.sources import ENDINGS, read_file, root_path
 
 
 @pytest.fixture(scope="module")
@@ -82,15 +86,71 @@ def test_known_people_study(project):
     assert set(rows.model) == {"scalar", "dpl_normal", "purm"}
 
 
-def test_known_people_study_asks_for_ratings(project):
-    assert "-p ratings" in error(project.papermill("studies/known_people"))
-    write_ratings(project.folder / "unknown.jsonl", known=False)
-    refused = project.papermill("studies/known_people", ratings="unknown.jsonl", **KNOWN)
-    assert "nobody knows who gave which" in error(refused)
-    refused = project.papermill(
-        "studies/known_people", ratings="unknown.jsonl", **KNOWN | dict(scale="No,Yes")
+def code_cells(study):
+    cells = json.loads((ROOT / "nbs" / "studies" / f"{study}.ipynb").read_text())["cells"]
+    return [cell for cell in cells if cell["cell_type"] == "code"]
+
+
+READERS = "read_ratings read_table check_table find_tables first_with_people".split()
+
+
+@pytest.fixture(scope="module")
+def readers():
+    "The functions of the notebook that read tables of ratings."
+    known = dict(np=np, InputError=InputError, read_file=read_file, root_path=root_path)
+    known |= dict(ENDINGS=ENDINGS, VALUES=dict(No=0, Unsure=0.5, Yes=1))
+    for cell in code_cells("known_people"):
+        source = "".join(cell["source"])
+        if "%config" not in source:
+            tree = ast.parse(source)
+            tree.body = [node for node in tree.body if getattr(node, "name", None) in READERS]
+            exec(compile(tree, "known_people.ipynb", "exec"), known)
+    return known
+
+
+def test_tables_of_ratings(readers, tmp_path):
+    write_ratings(tmp_path / "all.jsonl")
+    write_ratings(tmp_path / "some.jsonl", known=False)
+    tables = readers["find_tables"](tmp_path)
+    assert {title: people for title, (_, people) in tables.items()} == dict(
+        all=True, some=False
     )
-    assert "line 1: the rating" in error(refused) and "give scale" in error(refused)
+    assert readers["first_with_people"](tables) == "all"
+    whole, part = (tables[title][0] for title in ("all", "some"))
+    assert whole.shape == part.shape == (12, 16)
+    there = ~np.isnan(part)
+    assert not there.all() and not np.isnan(whole).any()
+    assert there[:, :13].all()
+    (tmp_path / "gap.jsonl").write_text('{"ratings": ["No", null, "Yes", "No", "No"]}\n' * 3)
+    gap, people = readers["read_table"](tmp_path / "gap.jsonl")
+    assert people and np.isnan(gap).sum() == 3
+
+
+@pytest.mark.parametrize(
+    "lines, message",
+    [
+        (
+            '{"ratings": ["No", "Perhaps"]}',
+            "line 1: the rating 'Perhaps' is none of No, Unsure",
+        ),
+        ('{"prompt": "Why?"}', "line 1: there is no list 'ratings'"),
+        ('{"ratings": []}', "line 1: there is no list 'ratings'"),
+        ('{"ratings": ["No", "No", "No", "No"]}', "holds 1 responses"),
+    ],
+)
+def test_bad_ratings_are_named(readers, tmp_path, lines, message):
+    (tmp_path / "bad.jsonl").write_text(lines)
+    with pytest.raises(InputError, match=message):
+        readers["find_tables"](tmp_path)
+
+
+def test_known_people_are_needed(readers, project, tmp_path):
+    write_ratings(tmp_path / "some.jsonl", known=False)
+    with pytest.raises(InputError, match="nobody knows who gave which"):
+        readers["first_with_people"](readers["find_tables"](tmp_path))
+    with pytest.raises(InputError, match="holds no file of ratings"):
+        readers["find_tables"](tmp_path / "nothing.jsonl")
+    assert "-p ratings" in error(project.papermill("studies/known_people"))
 
 
 def test_bounds_study(demo):
