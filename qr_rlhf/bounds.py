@@ -130,7 +130,7 @@ def bound_error(
     cost = np.abs(short) if both_ways else np.maximum(short, 0)
     return float(cost.sum() / weights.sum())
 
-# %% ../nbs/32_bounds.ipynb #cell-22
+# %% ../nbs/32_bounds.ipynb #cell-24
 def log_odds(
     objective: Objective,  # that the model was trained with
     outputs: torch.Tensor,  # `[pairs, 2, outputs]`, chosen first
@@ -160,7 +160,7 @@ def value_and_slopes(
     slopes = torch.einsum("nko,nkd->nod", slopes, features).flatten(1)
     return value.detach().double(), slopes
 
-# %% ../nbs/32_bounds.ipynb #cell-24
+# %% ../nbs/32_bounds.ipynb #cell-26
 def best_precision(
     information: torch.Tensor,  # of the votes on the weights, `[weights, weights]`
     weights: torch.Tensor,  # trained
@@ -176,7 +176,7 @@ def best_precision(
 
     return float(np.exp(minimize_scalar(cost, bounds=(-12, 12), method="bounded").x))
 
-# %% ../nbs/32_bounds.ipynb #cell-25
+# %% ../nbs/32_bounds.ipynb #cell-27
 @dataclass(frozen=True)
 class Laplace:
     "A normal posterior of the last layer's weights; what it says is epistemic."
@@ -202,7 +202,7 @@ class Laplace:
         middle, deviation = self.read(margin, features)
         return Bounds(middle, middle - width * deviation, middle + width * deviation)
 
-# %% ../nbs/32_bounds.ipynb #cell-26
+# %% ../nbs/32_bounds.ipynb #cell-28
 def fit_laplace(
     objective: Objective,  # that the model was trained with
     weights: torch.Tensor,  # of its last layer, `[outputs, d]`
@@ -222,7 +222,7 @@ def fit_laplace(
     prior = precision * torch.eye(len(information), dtype=torch.float64)
     return Laplace(objective, weights, torch.linalg.inv(information + prior), precision)
 
-# %% ../nbs/32_bounds.ipynb #cell-35
+# %% ../nbs/32_bounds.ipynb #cell-37
 @contextmanager
 def inputs_for_outputs(model: PreTrainedModel) -> Iterator[None]:
     "Within this context a reward model puts out what its last layer is given."
