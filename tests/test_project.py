@@ -14,8 +14,8 @@ from nbclient import NotebookClient
 from nbconvert import HTMLExporter
 
 ORDER = """formats chat sources backbones data packing model losses resume training analysis
-figures grammar synthetic uncertainty large settings runs export policy batches serve library
-pipeline experiments studies families""".split()
+figures grammar synthetic uncertainty bounds large settings runs export policy batches serve
+library pipeline experiments studies families""".split()
 SHOWN = ["index", "run", "report"]
 NOTEBOOKS = [
     *sorted((ROOT / "nbs").glob("*.ipynb")),

@@ -1,8 +1,15 @@
-"Ingredients, caution and the demo's values, at sizes at which they only have to run."
+"Some studies, at sizes at which they only have to run."
+
+import ast
+import json
 
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import ROOT, error
+
+from qr_rlhf.formats import InputError
+from qr_rlhf.sources import ENDINGS, read_file, root_path
 
 
 @pytest.fixture(scope="module")
@@ -76,3 +83,129 @@ def test_which_objective_reports_on_other_worlds_than_it_tunes_on(project):
         results["known"][f"spread of {owner}"] for owner in ("prompt", "response")
     )
     assert sum(of_prompt) <= sum(of_response)
+
+
+def write_ratings(path, known=True, responses=12, people=16):
+    "A table of ratings: strict and mild people, good and bad responses."
+    rng = np.random.default_rng(0)
+    mild = rng.normal(size=people)
+    with open(path, "w") as file:
+        for quality in np.linspace(-2, 2, responses):
+            felt = quality + mild + rng.normal(size=people)
+            given = np.digitize(felt, [-0.5, 0.5])
+            row = [["No", "Unsure", "Yes"][k] for k in given]
+            row = row if known else row[: people - int(rng.integers(4))]
+            file.write(json.dumps(dict(prompt="Why?", ratings=row)) + "\n")
+
+
+KNOWN = dict(votes="200,600", seeds="0,1", precisions="0.3,1", target=0.5, check=False)
+
+
+def test_known_people_study(project):
+    place = project.folder / "ratings"
+    place.mkdir()
+    write_ratings(place / "all.jsonl")
+    write_ratings(place / "some.jsonl", known=False)
+    project.run("studies/known_people", ratings="ratings", **KNOWN)
+    results = project.results("known_people")
+    table = [json.loads(line)["ratings"] for line in (place / "all.jsonl").open()]
+    table = np.array([[dict(No=0, Unsure=0.5, Yes=1)[r] for r in row] for row in table])
+    assert np.isclose(results["deviations"]["means of people"], table.mean(0).std())
+    assert np.isclose(results["deviations"]["means of responses"], table.mean(1).std())
+    tied = [(a == b).mean() for i, a in enumerate(table) for b in table[:i]]
+    assert np.isclose(results["designs"]["one judge"]["votes that decide"], 1 - np.mean(tied))
+    rows = pd.DataFrame(results["rows"])
+    assert set(rows.table) == {"all", "some"}
+    assert (rows[rows.table == "some"].judges == "separate judges").all()
+    at_end = rows[(rows.votes == rows.votes.max()) & (rows.model == "scalar")]
+    assert (at_end.means > 0.9).all()
+    assert set(rows.model) == {"scalar", "dpl_normal", "purm"}
+
+
+def code_cells(study):
+    cells = json.loads((ROOT / "nbs" / "studies" / f"{study}.ipynb").read_text())["cells"]
+    return [cell for cell in cells if cell["cell_type"] == "code"]
+
+
+READERS = "read_ratings read_table check_table find_tables first_with_people".split()
+
+
+@pytest.fixture(scope="module")
+def readers():
+    "The functions of the notebook that read tables of ratings."
+    known = dict(np=np, InputError=InputError, read_file=read_file, root_path=root_path)
+    known |= dict(ENDINGS=ENDINGS, VALUES=dict(No=0, Unsure=0.5, Yes=1))
+    for cell in code_cells("known_people"):
+        source = "".join(cell["source"])
+        if "%config" not in source:
+            tree = ast.parse(source)
+            tree.body = [node for node in tree.body if getattr(node, "name", None) in READERS]
+            exec(compile(tree, "known_people.ipynb", "exec"), known)
+    return known
+
+
+def test_tables_of_ratings(readers, tmp_path):
+    write_ratings(tmp_path / "all.jsonl")
+    write_ratings(tmp_path / "some.jsonl", known=False)
+    tables = readers["find_tables"](tmp_path)
+    assert {title: people for title, (_, people) in tables.items()} == dict(
+        all=True, some=False
+    )
+    assert readers["first_with_people"](tables) == "all"
+    whole, part = (tables[title][0] for title in ("all", "some"))
+    assert whole.shape == part.shape == (12, 16)
+    there = ~np.isnan(part)
+    assert not there.all() and not np.isnan(whole).any()
+    assert there[:, :13].all()
+    (tmp_path / "gap.jsonl").write_text('{"ratings": ["No", null, "Yes", "No", "No"]}\n' * 3)
+    gap, people = readers["read_table"](tmp_path / "gap.jsonl")
+    assert people and np.isnan(gap).sum() == 3
+
+
+@pytest.mark.parametrize(
+    "lines, message",
+    [
+        (
+            '{"ratings": ["No", "Perhaps"]}',
+            "line 1: the rating 'Perhaps' is none of No, Unsure",
+        ),
+        ('{"prompt": "Why?"}', "line 1: there is no list 'ratings'"),
+        ('{"ratings": []}', "line 1: there is no list 'ratings'"),
+        ('{"ratings": ["No", "No", "No", "No"]}', "holds 1 responses"),
+    ],
+)
+def test_bad_ratings_are_named(readers, tmp_path, lines, message):
+    (tmp_path / "bad.jsonl").write_text(lines)
+    with pytest.raises(InputError, match=message):
+        readers["find_tables"](tmp_path)
+
+
+def test_known_people_are_needed(readers, project, tmp_path):
+    write_ratings(tmp_path / "some.jsonl", known=False)
+    with pytest.raises(InputError, match="nobody knows who gave which"):
+        readers["first_with_people"](readers["find_tables"](tmp_path))
+    with pytest.raises(InputError, match="holds no file of ratings"):
+        readers["find_tables"](tmp_path / "nothing.jsonl")
+    assert "-p ratings" in error(project.papermill("studies/known_people"))
+
+
+def test_bounds_study(demo):
+    small = dict(seeds="10,11", pairs="300,600", n_test=200, epochs=2, check=False)
+    demo.run("studies/bounds", run="harmless", **small)
+    results = demo.results("bounds")
+    rows = pd.DataFrame(results["rows"])
+    assert len(rows) == 2 * 2 * 6
+    assert rows.width.gt(0).all() and rows.people.between(0, 1).all()
+    unknown = rows.groupby("method").log_odds.apply(lambda held: held.isna().all())
+    assert unknown.to_dict() == {
+        "dpl_normal": True,
+        "distributional": True,
+        "ensemble": False,
+        "laplace": False,
+        "laplace, purm": False,
+        "purm": True,
+    }
+    assert (rows.confident_true + rows.confident_false <= 1).all()
+    assert set(results["run"]) == {"laplace"}  # this run has one seed
+    trained = demo.results("harmless")["models"]["scalar"]["accuracy"]
+    assert abs(results["run"]["laplace"]["accuracy"] - trained) < 1e-6
