@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['GROUP_COLUMNS', 'JUDGED', 'SCALE_FILE', 'SCALE_RATE', 'has_groups', 'group_batch',
-           'judgements', 'mixed_batch', 'judgement_losses', 'compared', 'check_scale',
-           'group_loss', 'make_scale', 'read_scale', 'set_scale', 'check_ratings',
-           'scale_inside', 'scale_aside', 'ScaleTrainer', 'set_rate', 'write_scale',
-           'check_whole', 'row_sums', 'group_metrics']
+           'judgements', 'mixed_batch', 'judgement_losses', 'compared_outputs',
+           'check_scale', 'group_loss', 'make_scale', 'read_scale', 'set_scale',
+           'check_ratings', 'scale_inside', 'scale_aside', 'ScaleTrainer', 'set_rate',
+           'write_scale', 'check_whole', 'row_sums', 'group_metrics']
 
 # %% ../nbs/30_many.ipynb #cell-3
 import math
@@ -93,7 +93,7 @@ def judgement_losses(
     judged: dict[str, torch.Tensor],  # from `group_batch`
 ) -> tuple[torch.Tensor, torch.Tensor]:  # `[comparisons]` and `[ratings]`
     "What each comparison and each rating costs."
-    first, second = compared(outputs, judged).unbind(1)
+    first, second = compared_outputs(outputs, judged).unbind(1)
     votes = objective.pair_loss(first, second, judged.get("share"))
     if not len(judged["rated"]):
         return votes, votes[:0]
@@ -101,7 +101,7 @@ def judgement_losses(
     return votes, -check_scale(scale).log_probability(quantiles, judged["rating"])
 
 
-def compared(outputs: torch.Tensor, judged: dict[str, torch.Tensor]) -> torch.Tensor:
+def compared_outputs(outputs: torch.Tensor, judged: dict[str, torch.Tensor]) -> torch.Tensor:
     "The outputs of the compared responses, `[comparisons, 2, outputs]`."
     return torch.stack([outputs[judged["first"]], outputs[judged["second"]]], 1)
 
@@ -123,7 +123,9 @@ def group_loss(
 ) -> torch.Tensor:  # a scalar
     "The loss of a batch of groups: the mean over comparisons and ratings, and the penalty."
     costs = torch.cat(judgement_losses(objective, scale, outputs, judged))
-    sides = [outputs[torch.cat([judged[side], judged["rated"]])] for side in ("first", "second")]
+    sides = [
+        outputs[torch.cat([judged[side], judged["rated"]])] for side in ("first", "second")
+    ]
     return costs.mean() + objective.penalty(*sides)
 
 # %% ../nbs/30_many.ipynb #cell-31
@@ -289,7 +291,7 @@ def row_sums(
 ) -> torch.Tensor:  # `[rows, 5]`: costs, judgements, comparisons, won ones, margins
     "What each row of a batch adds to an evaluation."
     votes, ratings = judgement_losses(objective, scale, outputs, judged)
-    margin = -objective.quantiles(compared(outputs, judged)).mean(-1).diff(dim=1)[:, 0]
+    margin = -objective.quantiles(compared_outputs(outputs, judged)).mean(-1).diff(dim=1)[:, 0]
     won = ((margin > 0).float() + (margin >= 0).float()) / 2
     one, none = torch.ones_like(margin), torch.zeros_like(ratings)
     of_votes = torch.stack([votes, one, one, won, margin], 1)

@@ -255,7 +255,10 @@ def row_lengths(
     shared: bool,  # whether a row holds the prompt once and all responses, or one sequence
 ) -> np.ndarray:  # tokens that each pair's (longer) row takes
     "Lengths of the rows that pairs become, or groups of several responses."
-    prompt, together = np.array([len(ids) for ids in pairs["prompt_ids"]]), sum if shared else max
+    prompt, together = (
+        np.array([len(ids) for ids in pairs["prompt_ids"]]),
+        sum if shared else max,
+    )
     if "response_ids" in pairs.column_names:
         responses = pairs["response_ids"]
     else:

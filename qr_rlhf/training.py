@@ -34,7 +34,7 @@ from qr_rlhf.many import (
     GROUP_COLUMNS,
     JUDGED,
     ScaleTrainer,
-    compared,
+    compared_outputs,
     group_loss,
     group_metrics,
     make_scale,
@@ -187,7 +187,7 @@ class PairTrainer(ScaleTrainer, LengthTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if "rated" in inputs:
             every, judged = self.judged_outputs(model, inputs)
-            outputs = compared(every, judged)
+            outputs = compared_outputs(every, judged)
             loss = group_loss(self.objective, self.scale, every, judged)
         else:
             share = inputs.pop("share", None)
@@ -205,7 +205,7 @@ class PairTrainer(ScaleTrainer, LengthTrainer):
         return torch.stack(model(**inputs).logits.float().chunk(2), dim=1)
 
     def judged_outputs(self, model, inputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        "The outputs for all responses of a batch of groups, `[responses, outputs]`; judgements."
+        "Outputs for all responses of a batch of groups, `[responses, outputs]`; judgements."
         judged = {name: inputs.pop(name) for name in JUDGED if name in inputs}
         if self.shared:
             return shared_quantiles(model, inputs, self.inner).float().flatten(0, 1), judged
@@ -219,7 +219,9 @@ class PairTrainer(ScaleTrainer, LengthTrainer):
                 loss, outputs = None, row_sums(self.objective, self.scale, every, judged)
             else:
                 loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-        labels = torch.zeros(len(outputs), device=outputs.device)  # or else metrics are left out
+        labels = torch.zeros(
+            len(outputs), device=outputs.device
+        )  # or else metrics are left out
         return loss, outputs, labels
 
     def summarise(self, found) -> dict[str, float]:
