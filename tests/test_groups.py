@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import SMALL
 from datasets import Dataset
 from test_formats import reply, write
 from test_model import refusal
