@@ -67,7 +67,7 @@ class Networks(torch.nn.Module):
 
 # %% ../nbs/17_experiments.ipynb #cell-11
 class Rows(torch.utils.data.Dataset):
-    "Pairs of several seeds, taken batch by batch."
+    "Pairs of several seeds, taken batch by batch; its attributes are what `losses` takes."
 
     def __init__(
         self,
@@ -111,7 +111,7 @@ class Learners(torch.nn.Module):
         outputs = {}
         for name, members in self.members.items():
             responses = x.flatten(1, 2).repeat_interleave(members, 0)
-            found = self.nets[name](responses).unflatten(1, (-1, 2))
+            found = self.nets[name](responses).unflatten(1, x.shape[1:3])
             outputs[name] = found.unflatten(0, (self.seeds, members))
         return outputs
 
@@ -142,7 +142,7 @@ class BestEpoch(TrainerCallback):
 
     def on_epoch_end(self, args, state, control, model=None, **kwargs):
         with torch.no_grad():
-            self.last = model.losses(self.valid.x, self.valid.share, pooled=False)
+            self.last = model.losses(**vars(self.valid), pooled=False)
         for name, loss in self.last.items():
             self.keep_better(name, loss.flatten(), model.nets[name].state_dict())
 
@@ -179,12 +179,14 @@ def train_networks(
     settings: dict | None = None,  # name → (learning_rate, weight_decay), where its own
     seed: int = 0,  # of the order of pairs
     disable_tqdm: bool = False,  # no progress bar
+    learners: Learners | None = None,  # networks to train; None: new ones for pairs
 ) -> Learners:  # every network with the weights of its best epoch
     """Train networks for several objectives and seeds side by side, with early stopping.
 
     Raises `FloatingPointError` if a loss is not finite."""
     seeds, _, _, features = train.x.shape
-    learners, best = Learners(objectives, seeds, features, members), BestEpoch(valid)
+    learners = learners or Learners(objectives, seeds, features, members)
+    best = BestEpoch(valid)
     settings = dict.fromkeys(objectives, (learning_rate, weight_decay)) | (settings or {})
     groups = parameter_groups(learners, settings)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), fused=True)
@@ -214,12 +216,13 @@ def train_networks(
 
 
 def parameter_groups(learners: Learners, settings: dict) -> list[dict]:
-    "Weights and biases of each objective, with its own settings."
+    "The weights of each objective, and what else it learns, with its own settings."
     groups = []
     for name, nets in learners.nets.items():
-        rate, decay = settings[name]
+        (rate, decay), named = settings[name], nets.named_parameters()
+        others = [values for key, values in named if not key.startswith("weights")]
         groups.append(dict(params=nets.weights, lr=rate, weight_decay=decay))
-        groups.append(dict(params=nets.biases, lr=rate, weight_decay=0))
+        groups.append(dict(params=others, lr=rate, weight_decay=0))
     return groups
 
 

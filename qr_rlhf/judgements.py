@@ -49,8 +49,7 @@ def nearest(
 # %% ../nbs/31_judgements.ipynb #cell-10
 def number_ratings(
     table: Dataset,  # groups with ratings as they were given; or pairs, which stay
-    values: list[float]
-    | None = None,  # of the training data; None: these are the training data
+    values: list[float] | None = None,  # of the training data; None: of these
 ) -> tuple[Dataset, list[float]]:  # ratings as categories; a number for each, or none
     "Put ratings into categories."
     if not is_grouped(table) or not any(table["rated"]):

@@ -251,15 +251,19 @@ def outputs_of_rows(
 
 # %% ../nbs/12_packing.ipynb #36baf1e1
 def row_lengths(
-    pairs: Dataset,  # encoded pairs
-    shared: bool,  # whether a row holds the prompt once and both responses, or one sequence
+    pairs: Dataset,  # encoded pairs, or groups
+    shared: bool,  # whether a row holds the prompt once and all responses, or one sequence
 ) -> np.ndarray:  # tokens that each pair's (longer) row takes
-    "Lengths of the rows that pairs become."
-    prompt, chosen, rejected = (
-        np.array([len(ids) for ids in pairs[column]])
-        for column in ("prompt_ids", "chosen_ids", "rejected_ids")
+    "Lengths of the rows that pairs become, or groups of several responses."
+    prompt, together = (
+        np.array([len(ids) for ids in pairs["prompt_ids"]]),
+        sum if shared else max,
     )
-    return prompt + (chosen + rejected if shared else np.maximum(chosen, rejected))
+    if "response_ids" in pairs.column_names:
+        responses = pairs["response_ids"]
+    else:
+        responses = zip(pairs["chosen_ids"], pairs["rejected_ids"], strict=True)
+    return prompt + np.array([together(map(len, row)) for row in responses])
 
 # %% ../nbs/12_packing.ipynb #13128046
 def pair_batch(
@@ -280,9 +284,9 @@ def pair_batch(
 # %% ../nbs/12_packing.ipynb #cell-sp8
 def check_lengths(
     config,  # of a reward model
-    *tables: Dataset | None,  # encoded pairs that will come
+    *tables: Dataset | None,  # encoded pairs, or groups, that will come
 ) -> None:
-    "Raise `ValueError` for pairs that are longer than the model has positions."
+    "Raise `ValueError` for rows that are longer than the model has positions."
     for pairs in tables:
         if pairs is not None:
             length_limit(config, int(row_lengths(pairs, shared=False).max()))
@@ -291,7 +295,7 @@ def check_lengths(
 def can_share(
     model: PreTrainedModel,  # a reward model
     pad_token_id: int,  # the padding token
-    *tables: Dataset | None,  # encoded pairs that will come
+    *tables: Dataset | None,  # encoded pairs, or groups, that will come
 ) -> bool:  # whether both ways give the same quantiles
     "Whether a model computes the same when a prompt is shared; says so if it doesn't."
     given = [pairs for pairs in tables if pairs is not None]
@@ -300,6 +304,6 @@ def can_share(
     if not shared:
         print(
             f"{type(model).__name__} does not compute the same when a prompt is shared: "
-            "each prompt is computed twice."
+            "each prompt is computed for each of its responses."
         )
     return shared

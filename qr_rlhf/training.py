@@ -30,8 +30,19 @@ from transformers import (
 
 from .formats import InputError
 from .losses import Objective, check_objective, usual_objective
+from qr_rlhf.many import (
+    GROUP_COLUMNS,
+    JUDGED,
+    ScaleTrainer,
+    compared_outputs,
+    group_loss,
+    group_metrics,
+    make_scale,
+    mixed_batch,
+    row_sums,
+)
 from .model import RewardDistribution, local_or_hub, quantile_levels, read_quantiles
-from .packing import can_share, check_lengths, pair_batch, row_lengths, shared_quantiles
+from .packing import can_share, check_lengths, row_lengths, shared_quantiles
 
 # %% ../nbs/03_training.ipynb #cell-11
 class LengthSampler(Sampler):
@@ -119,19 +130,19 @@ def check_processes(
 PAIR_COLUMNS = ["prompt_ids", "chosen_ids", "rejected_ids", "share"]
 
 
-class PairTrainer(LengthTrainer):
+class PairTrainer(ScaleTrainer, LengthTrainer):
     """`transformers.Trainer` on pairs from `encode_pairs`, for any reward model and objective.
 
     Args:
         model: A reward model, from `load_reward_model`.
         args: From `training_arguments`, or plain `transformers.TrainingArguments`.
-        train_dataset: Encoded pairs to train on.
-        eval_dataset: Encoded pairs to choose the checkpoint by, or to score.
+        train_dataset: Encoded pairs to train on, or groups with several responses a prompt.
+        eval_dataset: Encoded pairs, or groups, to choose the checkpoint by; or pairs to score.
         processing_class: The tokenizer: it pads the batches, and goes with each checkpoint.
         objective: What pairs cost; None: what the model's outputs are for.
         shared: Compute each prompt once; None: if that changes nothing.
-        compute_metrics: In place of accuracy, margin and crossing rate; it gets the model's
-            outputs, `[pairs, 2, outputs]`, chosen first.
+        compute_metrics: Of pairs, in place of accuracy, margin and crossing rate; it gets the
+            model's outputs, `[pairs, 2, outputs]`, chosen first.
         **kwargs: For `transformers.Trainer`, such as `callbacks` or `optimizers`.
     """
 
@@ -153,7 +164,7 @@ class PairTrainer(LengthTrainer):
         check_lengths(model.config, train_dataset, eval_dataset)
         if train_dataset is not None:
             model.config.quantile_link = self.objective.link
-        self.inner, self.watched = model, []
+        self.inner, self.watched, self.pair_metrics = model, [], compute_metrics
         tables, pad = (train_dataset, eval_dataset), processing_class.pad_token_id
         self.shared = can_share(model, pad, *tables) if shared is None else shared
         lengths = None if train_dataset is None else row_lengths(train_dataset, self.shared)
@@ -161,22 +172,29 @@ class PairTrainer(LengthTrainer):
             model,
             args,
             lengths=lengths,
+            scale=make_scale(model.config, train_dataset, eval_dataset),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            data_collator=partial(pair_batch, shared=self.shared, pad_token_id=pad),
-            compute_metrics=compute_metrics or self.summarise,
+            data_collator=partial(mixed_batch, shared=self.shared, pad_token_id=pad),
+            compute_metrics=self.summarise,
             **kwargs,
         )
-        self._signature_columns = PAIR_COLUMNS  # or else plain arguments remove them
+        # or else plain arguments remove them
+        self._signature_columns = [*PAIR_COLUMNS, *GROUP_COLUMNS]
         self.loss_is_scaled_for_ga = False  # it is the mean of one batch
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        share = inputs.pop("share", None)
-        outputs = self.outputs(model, inputs)
-        loss = self.objective(outputs[:, 0], outputs[:, 1], share)
+        if "rated" in inputs:
+            every, judged = self.judged_outputs(model, inputs)
+            outputs = compared_outputs(every, judged)
+            loss = group_loss(self.objective, self.scale, every, judged)
+        else:
+            share = inputs.pop("share", None)
+            outputs = self.outputs(model, inputs)
+            loss = self.objective(outputs[:, 0], outputs[:, 1], share)
         check_finite(loss, self.state.global_step)
-        if model.training:
+        if model.training and len(outputs):
             self.watched.append(pair_metrics(self.objective.quantiles(outputs.detach())))
         return (loss, outputs) if return_outputs else loss
 
@@ -186,15 +204,32 @@ class PairTrainer(LengthTrainer):
             return shared_quantiles(model, inputs, self.inner).float()
         return torch.stack(model(**inputs).logits.float().chunk(2), dim=1)
 
+    def judged_outputs(self, model, inputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        "Outputs for all responses of a batch of groups, `[responses, outputs]`; judgements."
+        judged = {name: inputs.pop(name) for name in JUDGED if name in inputs}
+        if self.shared:
+            return shared_quantiles(model, inputs, self.inner).float().flatten(0, 1), judged
+        return model(**inputs).logits.float(), judged
+
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-        labels = torch.zeros(len(outputs), device=loss.device)  # or else metrics are left out
+            if "rated" in inputs:
+                every, judged = self.judged_outputs(model, inputs)
+                loss, outputs = None, row_sums(self.objective, self.scale, every, judged)
+            else:
+                loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        labels = torch.zeros(
+            len(outputs), device=outputs.device
+        )  # or else metrics are left out
         return loss, outputs, labels
 
     def summarise(self, found) -> dict[str, float]:
         "The metrics of an evaluation."
+        if found.predictions.ndim == 2:  # of groups
+            return group_metrics(found.predictions)
+        if self.pair_metrics:
+            return self.pair_metrics(found)
         return pair_metrics(self.objective.quantiles(torch.from_numpy(found.predictions)))
 
     def log(self, logs, start_time=None):

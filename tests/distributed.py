@@ -1,4 +1,4 @@
-"""Train a tiny model on pairs; started alone or by torchrun (see test_distributed.py).
+"""Train a tiny model on pairs or groups; started alone or by torchrun (test_distributed.py).
 
 Writes its loss curve, and says whether all ranks hold equal weights.
 """
@@ -14,7 +14,8 @@ from datasets import load_from_disk
 from qr_rlhf.model import load_reward_model, load_tokenizer
 from qr_rlhf.training import PairTrainer, training_arguments
 
-folder, processes = Path(sys.argv[1]), int(os.environ.get("WORLD_SIZE", 1))
+(folder, table), processes = sys.argv[1:], int(os.environ.get("WORLD_SIZE", 1))
+folder = Path(folder)
 torch.set_num_threads(1)
 tokenizer = load_tokenizer(folder / "backbone")
 args = training_arguments(
@@ -32,11 +33,12 @@ args = training_arguments(
     disable_tqdm=True,
 )
 model = load_reward_model(folder / "backbone", tokenizer, n=10, seed=0)
-pairs = load_from_disk(str(folder / "train"))
-trainer = PairTrainer(model, args, train_dataset=pairs, processing_class=tokenizer)
+rows = load_from_disk(str(folder / table))
+trainer = PairTrainer(model, args, train_dataset=rows, processing_class=tokenizer)
 trainer.train()
 
-weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+parts = [*trainer.model.parameters(), *(trainer.scale.parameters() if trainer.scale else [])]
+weights = torch.cat([p.detach().flatten() for p in parts])
 everybody = trainer.accelerator.gather(weights[None])
 if trainer.is_world_process_zero():
     found = dict(
@@ -45,4 +47,4 @@ if trainer.is_world_process_zero():
         ranks=len(everybody),
         equal=bool((everybody == everybody[0]).all()),
     )
-    (folder / f"curve{processes}.json").write_text(json.dumps(found))
+    (folder / f"{table}{processes}.json").write_text(json.dumps(found))

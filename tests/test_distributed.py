@@ -6,7 +6,9 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 from conftest import ROOT
+from datasets import Dataset
 
 from qr_rlhf.data import encode_pairs, load_pairs
 from qr_rlhf.model import tiny_gpt2, train_tokenizer
@@ -20,28 +22,43 @@ TOGETHER = [
 
 
 def prepare(folder):
-    "A tiny backbone and encoded pairs."
+    "A tiny backbone, encoded pairs, and the same as groups in which both are rated."
     pairs, _ = load_pairs(World(), "helpful", "train", n=160)
     tokenizer = train_tokenizer([row["prompt"] + row["chosen"] for row in pairs], 400)
     tokenizer.save_pretrained(folder / "backbone")
     gpt2 = tiny_gpt2(tokenizer, max_length=256, n_layer=2, n_embd=32, n_head=2, seed=0)
     gpt2.save_pretrained(folder / "backbone")
-    encode_pairs(pairs, tokenizer, 256)[0].save_to_disk(str(folder / "train"))
+    encoded = encode_pairs(pairs, tokenizer, 256)[0]
+    encoded.save_to_disk(str(folder / "pairs"))
+    Dataset.from_list([rated(row, i) for i, row in enumerate(encoded)]).save_to_disk(
+        str(folder / "groups")
+    )
 
 
-def train(folder, start):
+def rated(row, i):
+    "A pair as a group: every second row has a comparison, the others two ratings."
+    ids = dict(
+        prompt_ids=row["prompt_ids"], response_ids=[row["chosen_ids"], row["rejected_ids"]]
+    )
+    if i % 2:
+        return ids | dict(first=[0, 0], second=[1, 1], share=[1.0, 1.0], rated=[], rating=[])
+    return ids | dict(first=[], second=[], share=[], rated=[0, 1], rating=[2 + i % 3, i % 4])
+
+
+def train(folder, table, start):
     "Train as tests/distributed.py does."
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [*start, str(ROOT / "tests" / "distributed.py"), str(folder)]
+    command = [*start, str(ROOT / "tests" / "distributed.py"), str(folder), table]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_two_processes_train_as_one(tmp_path):
+@pytest.mark.parametrize("table", ["pairs", "groups"])
+def test_two_processes_train_as_one(tmp_path, table):
     prepare(tmp_path)
-    train(tmp_path, ALONE)
-    train(tmp_path, TOGETHER)
-    one, two = (json.loads((tmp_path / f"curve{n}.json").read_text()) for n in (1, 2))
+    train(tmp_path, table, ALONE)
+    train(tmp_path, table, TOGETHER)
+    one, two = (json.loads((tmp_path / f"{table}{n}.json").read_text()) for n in (1, 2))
     assert one["shared"] and two["shared"] and two["ranks"] == 2 and two["equal"]
     assert len(one["losses"]) == len(two["losses"]) == 20
     assert one["losses"][-1] != one["losses"][0]

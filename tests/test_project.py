@@ -13,9 +13,9 @@ from conftest import ROOT
 from nbclient import NotebookClient
 from nbconvert import HTMLExporter
 
-ORDER = """formats groups chat sources backbones data judgements packing model losses
-resume training analysis figures grammar synthetic uncertainty large settings runs
-export policy batches serve library pipeline experiments studies""".split()
+ORDER = """formats groups chat sources backbones data judgements packing model ratings
+losses resume many training analysis figures grammar synthetic uncertainty large
+settings runs export policy batches serve library pipeline experiments rated studies""".split()
 SHOWN = ["index", "run", "report"]
 NOTEBOOKS = [
     *sorted((ROOT / "nbs").glob("*.ipynb")),
