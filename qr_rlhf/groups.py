@@ -11,7 +11,6 @@ __all__ = ['LISTS', 'LISTED', 'FEATURES', 'PAIR_RATINGS', 'WHOSE', 'BESIDE', 'AL
            'leave_out_equal']
 
 # %% ../nbs/29_groups.ipynb #cell-3
-import math
 import reprlib
 from collections import Counter
 from itertools import combinations
@@ -221,7 +220,7 @@ def read_ranking(ranking: Any, n: int, where: str) -> list[tuple[int, int, float
 # %% ../nbs/29_groups.ipynb #cell-19
 def is_number(value: Any) -> bool:
     known = isinstance(value, int | float) and not isinstance(value, bool)
-    return known and math.isfinite(value)
+    return known and abs(value) < 1e300  # so it is finite, and fits a float
 
 
 def each_of(values: Any, name: str, n: int | None, where: str) -> list:
@@ -260,7 +259,8 @@ def read_raters(row: dict, ratings: list[list[float]], where: str) -> list[str]:
             f"{where}: the field 'rater' has {len(names)} names for {len(given)} ratings; give "
             "one for each, or a single name."
         )
-    return [str(name) for name in (names if isinstance(names, list) else [names])]
+    names = names if isinstance(names, list) else [names]
+    return [str(name) for name in names if name is not None and name == name]
 
 # %% ../nbs/29_groups.ipynb #cell-21
 def part_dialogues(

@@ -188,8 +188,8 @@ def advise(
     if not is_grouped(table) or not any(table["rated"]) or objective == "distributional":
         return ""
     return (
-        "Ratings tell how much people differ about a response. The objective "
-        f"{objective} learns little of that; -p objective distributional fits it."
+        "Ratings tell how much people differ about a response. The objective distributional is "
+        f"made to learn that (-p objective distributional); this one is {objective}."
     )
 
 # %% ../nbs/33_judgements.ipynb #api31-load
