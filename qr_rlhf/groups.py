@@ -71,7 +71,7 @@ def read_group(
         check_row(row, where)
     row = {name: plain(value) for name, value in row.items() if value is not None}
     sides, votes, ratings = KINDS[kind_of(row, where)](row, where)
-    raters = read_raters(row, ratings, where)
+    raters = read_raters(row, where)
     check_sides(sides, where)
     if not sides or not (votes or any(ratings)):
         raise Dropped("nothing_said")
@@ -246,10 +246,9 @@ def read_numbers(given: Any, where: str, what: str, several: bool = True) -> lis
     return list(map(float, said))
 
 
-def read_raters(row: dict, ratings: list[list[float]], where: str) -> list[str]:
+def read_raters(row: dict, where: str) -> list[str]:
     "The names of those who rated."
-    names = row.get("rater", [])
-    given = row.get("rating")
+    names, given = row.get("rater", []), row.get("rating")
     if (
         isinstance(names, list)
         and isinstance(given, list)

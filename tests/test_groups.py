@@ -16,6 +16,7 @@ from transformers import AutoConfig
 from qr_rlhf import load, train
 from qr_rlhf.backbones import load_tokenizer, tiny_gpt2, train_tokenizer
 from qr_rlhf.data import data_hash, encode_pairs, load_pairs, parse_pair, split_validation
+from qr_rlhf.figures import training_figure
 from qr_rlhf.groups import COLUMNS, KINDS, read_group
 from qr_rlhf.judgements import (
     advise,
@@ -375,9 +376,18 @@ def test_the_library_trains_on_groups(backbone, tmp_path, capsys):
     assert torch.isfinite(load(tmp_path / "rm").score("Why?", ["So."]).quantiles).all()
     train(backbone, rows, tmp_path / "rm", "distributional", **how)
     assert "rm: taken up, it was finished already" in capsys.readouterr().out
-    rated = [row for row in rows if "rating" in row]
-    said = refusal(model.evaluate, rated[:1])
-    assert "nothing can be evaluated" in said
+
+
+def test_ratings_alone_are_enough(backbone, tmp_path):
+    rated = [row for row in mixed_rows(60, 30) if "rating" in row]
+    how = dict(max_steps=2, batch_size=4, evaluations=1, disable_tqdm=True)
+    model = train(backbone, rated, tmp_path / "rm", "scalar", **how)
+    log = pd.DataFrame(json.loads((tmp_path / "rm" / "log.json").read_text()))
+    assert log.eval_loss.notna().any() and "eval_accuracy" not in log
+    training_figure(log.assign(model="scalar", seed=0), "ratings")
+    with_rival = [rated[0], rated[0] | dict(response="So.", rating=rated[0]["rating"] + 1)]
+    assert model.evaluate(with_rival)["pairs"] == 1
+    assert "nothing can be evaluated" in refusal(model.evaluate, rated[:1])
 
 
 def test_readmes_command_takes_votes_and_ratings(project, backbone, tmp_path):
