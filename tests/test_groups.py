@@ -9,6 +9,9 @@ import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
+from hypothesis import given
+from hypothesis import strategies as st
+from test_damage import QUESTIONS, examples, places, values, words
 from test_formats import reply, write
 from test_model import refusal
 from transformers import AutoConfig
@@ -17,6 +20,7 @@ from qr_rlhf import load, train
 from qr_rlhf.backbones import load_tokenizer, tiny_gpt2, train_tokenizer
 from qr_rlhf.data import data_hash, encode_pairs, load_pairs, parse_pair, split_validation
 from qr_rlhf.figures import training_figure
+from qr_rlhf.formats import InputError
 from qr_rlhf.groups import COLUMNS, KINDS, read_group
 from qr_rlhf.judgements import (
     advise,
@@ -200,6 +204,47 @@ def test_what_is_wrong_is_said_with_its_place_and_a_remedy(row, words, tmp_path)
     said = refusal(load_pairs, path, groups=True, hold_out=False)
     assert said.startswith(f"{path}, line 2") and words in said and said.endswith(".")
     assert ";" in said or "but should be" in said
+
+
+def in_shapes(question):
+    "A group in each of the shapes that are read."
+    ask, chat = dict(prompt=question), [reply("Try fresh yeast."), reply("Fold it.")]
+    replies = ["Try fresh yeast.", "Fold it."]
+    return [
+        dict(ask, chosen="Fold it.", rejected="Hm.", share=0.9, chosen_rating=5),
+        dict(ask, response="Fold it.", rating=[4, None], rater=["Ann", "Bo"]),
+        dict(ask, responses=chat, votes=[[0, 1], [1, 0, 0.3]], rater="Ann"),
+        dict(ask, responses=replies, ranking=[1, 2], ratings=[3, [2, 1]]),
+        dict(instruction=question, completions=[dict(response="So.", overall_score=2.5)]),
+    ]
+
+
+@st.composite
+def damaged_groups(draw):
+    "Rows of one shape, in which some value is gone, or another one stands in its place."
+    n, shape = draw(st.integers(1, 4)), draw(st.integers(0, 4))
+    rows = [in_shapes(question)[shape] for question in QUESTIONS[:n]]
+    for _ in range(draw(st.integers(0, 3))):
+        holder, key = draw(st.sampled_from(list(places(rows))))
+        if holder is not rows and draw(st.booleans()):
+            del holder[key]
+        else:
+            holder[key] = draw(words | values)
+    return rows
+
+
+@examples(200)
+@given(rows=damaged_groups())
+def test_a_row_of_any_kind_is_read_or_counted_or_named(rows):
+    try:
+        table, dropped = read(rows)
+    except InputError as error:
+        said = str(error)
+        assert len(said.splitlines()) == 1 and said.endswith(".")
+        assert re.search(r"^row \d: |of \d+ rows in data", said), said
+    else:
+        dropped.pop("equal_comparison", None)
+        assert len(table) + sum(dropped.values()) == len(rows)
 
 
 # sources
