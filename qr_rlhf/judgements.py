@@ -90,7 +90,7 @@ def as_pairs(
     pairs = list(islice(by(table), n))
     if not pairs:
         raise InputError(
-            f"data: in these {len(table)} rows no response is preferred to another to the same "
+            f"data: in {len(table)} rows no response is preferred to another to the same "
             "prompt, by votes or by ratings, so that nothing can be evaluated; give pairs too, "
             "or rate several responses to one prompt."
         )
@@ -147,8 +147,9 @@ def say_size(
     "Say how much a table has, such as `12 comparisons, 5 ratings by 2 raters`."
     found = count_groups(table)
     raters = f" by {found['raters']:,} raters" if found["raters"] else ""
-    stand = f" as {', '.join(f'{value:g}' for value in values)}" if values else ""
-    told = f"{found['comparisons']:,} comparisons, {found['ratings']:,} ratings{raters}{stand}"
+    stand = ", ".join(f"{value:g}" for value in values)
+    told = f"{found['comparisons']:,} comparisons, {found['ratings']:,} ratings{raters}"
+    told += f" (values {stand})" if stand else ""
     return f"{told}; {found['responses']:,} responses to {found['prompts']:,} prompts"
 
 
