@@ -163,8 +163,10 @@ def size_rows(
         return {f"pairs {end}": f"{len(table):,}" for end, table in ends.items()}
     found = {}
     for end, table in ends.items():
-        for name, count in count_groups(table).items():
-            found[f"{name} {end}"] = f"{count:,}"
+        counts = count_groups(table)
+        raters = counts.pop("raters")
+        found |= {f"{name} {end}": f"{count:,}" for name, count in counts.items()}
+        found[f"ratings {end}"] += f", by {raters:,} raters" if raters else ""
     return found
 
 
