@@ -148,9 +148,9 @@ def load_base(
     if for_merging and packed:
         model = model.dequantize().float()
     find_head(model).float()  # the head that was trained was
-    for name in ("quantile_link", "reward_max_length"):
-        if hasattr(config, name):
-            setattr(model.config, name, getattr(config, name))
+    for name, value in vars(config).items():  # what the training has added
+        if name in ("quantile_link", "reward_max_length") or name.startswith("rating_"):
+            setattr(model.config, name, value)
     return model, config
 
 # %% ../nbs/14_large.ipynb #cell-23

@@ -138,13 +138,13 @@ def make_scale(
     ratings = [rating for table in groups for row in table["rating"] for rating in row]
     if not ratings:
         return None
-    votes = any(len(first) for first in tables[0]["first"]) if has_groups(tables[0]) else False
+    votes = has_groups(tables[0]) and any(len(first) for first in tables[0]["first"])
     own = read_scale(config, votes)
+    check_ratings(ratings, len(own.thresholds()) + 1 if own else int(max(ratings)) + 1)
     if own is None and has_groups(tables[0]):
         counts = np.bincount(ratings) + 1
         below = np.cumsum(counts[:-1]) / counts.sum()
         return set_scale(RatingScale(len(counts), votes), np.log(below / (1 - below)))
-    check_ratings(own, max(ratings))
     return own
 
 
@@ -170,12 +170,12 @@ def set_scale(scale: RatingScale, thresholds, noise: float = 1.0) -> RatingScale
     return scale
 
 
-def check_ratings(scale: RatingScale | None, highest: int):
-    if scale is not None and highest > len(scale.thresholds()):
+def check_ratings(ratings: list[int], categories: int):
+    wrong = [rating for rating in ratings if rating not in range(categories)]
+    if wrong:
         raise InputError(
-            f"rating: the category {highest} was found, but the model knows "
-            f"{len(scale.thresholds()) + 1} categories, counted from 0; give ratings on the "
-            "scale it was trained on, or train from a model without ratings."
+            f"rating: {wrong[0]} was found, but the categories here are the whole numbers from "
+            f"0 to {categories - 1}; give ratings on that scale."
         )
 
 # %% ../nbs/30_many.ipynb #cell-36
