@@ -205,8 +205,8 @@ def load_parts(
     read = partial(load_pairs, source, settings.workload, **choice)
     train, dropped = read(split="train", n=settings.n_train)
     evaluation, dropped_eval = read(split="test", n=settings.n_eval)
-    dropped = dict(train=dropped, valid={}, eval=dropped_eval)
-    return train, as_pairs(evaluation, settings.n_eval), dropped
+    lost = dict(train=dropped, valid={}, eval=dropped_eval)
+    return train, as_pairs(evaluation, settings.n_eval), lost
 
 
 def as_dialogues(

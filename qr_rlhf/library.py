@@ -237,7 +237,7 @@ def train(
     told = dict(backbone=str(backbone), objective=str(named), lora_rank=lora_rank)
     told |= head | how | rates | dict(data_hash=data_hash(*filter(None, tables)))
     told |= {name: str(value) for name, value in kwargs.items()}
-    told |= dict(rating_values=values) if values else {}
+    told |= dict(rating_values=str(values)) if values else {}
     check_output(output, told)
 
     def make(work):
