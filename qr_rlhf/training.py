@@ -189,8 +189,7 @@ class PairTrainer(ScaleTrainer, LengthTrainer):
             outputs = compared_outputs(every, judged)
             loss = group_loss(self.objective, self.scale, every, judged)
         else:
-            share = inputs.pop("share", None)
-            outputs = self.outputs(model, inputs)
+            share, outputs = inputs.pop("share", None), self.outputs(model, inputs)
             loss = self.objective(outputs[:, 0], outputs[:, 1], share)
         check_finite(loss, self.state.global_step)
         if model.training and len(outputs):
