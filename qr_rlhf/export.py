@@ -152,7 +152,8 @@ Their mean is the reward{% if not family %}; neighbouring quantiles can cross{% 
 - data: {{ dataset or data }}
 {%- if settings.data == "synthetic" %}, judges {{ settings.judges }}{% endif %},
   workload {{ settings.workload }}{% if settings.subsets %}, {{ settings.subsets }}{% endif %};
-  {{ results.n_train }} pairs, {{ results.n_valid }} more to choose the checkpoint by
+  {{ results.n_train }} {{ results.get("trained_on", "pairs") }}, {{ results.n_valid }} more to
+  choose the checkpoint by
 - backbone: {% if settings.backbone == "scratch" %}small GPT-2 from scratch
 {%- if settings.warm_up_epochs %}, warmed up on the chosen dialogues{% endif %}
 {%- else %}{{ base_model or backbone }}{% endif +%}
@@ -205,8 +206,7 @@ of several, to filter data.
 - It knows the preferences of those who labelled these pairs, and their mistakes; a policy
   optimised against it will find its errors.
 {% endif %}
-- Rewards of texts far from the training data (other languages, formats, lengths): not looked
-  at.
+- Rewards of texts unlike the training data (languages, formats, lengths): not looked at.
 
 ## Loading
 

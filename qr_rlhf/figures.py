@@ -233,11 +233,12 @@ def wilson_error(table: pd.DataFrame) -> np.ndarray:
 
 # %% ../nbs/05_figures.ipynb #cell-31
 def training_figure(
-    logs: pd.DataFrame,  # columns `model, seed, step, eval_loss, eval_accuracy`
+    logs: pd.DataFrame,  # columns `model, seed, step, eval_loss`; `eval_accuracy` where known
     note: str,  # which data and model
 ) -> Figure:  # a panel per model, and one for accuracy; a line per seed
     "Validation loss of each model on its own axis, and the accuracy of all models on one."
-    logs = logs.dropna(subset=["eval_loss", "eval_accuracy"])
+    columns = ["model", "seed", "step", "eval_loss", "eval_accuracy"]
+    logs = logs.reindex(columns=columns).dropna(subset=["eval_loss"])
     models = [model for model in MODELS if model in set(logs.model)]
     with style():
         fig, axes = plt.subplots(1, len(models) + 1, figsize=(13, 3.8))

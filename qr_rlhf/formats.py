@@ -6,9 +6,9 @@
 __all__ = ['MARKERS', 'TURN', 'SIDES', 'OPEN', 'split_turns', 'messages_to_text', 'system_text',
            'text_to_messages', 'InputError', 'Dropped', 'read_message', 'join_parts',
            'uses_tools', 'check_message', 'check_text', 'read_messages', 'read_row',
-           'check_row', 'read_prompt', 'check_dialogue', 'read_side', 'begins_with',
-           'read_chat_side', 'check_prompt', 'read_text_side', 'apply_template',
-           'write_chat', 'check_turns']
+           'read_sides', 'check_row', 'check_sides', 'read_prompt', 'check_dialogue',
+           'read_side', 'begins_with', 'read_chat_side', 'check_prompt',
+           'read_text_side', 'apply_template', 'write_chat', 'check_turns']
 
 # %% ../nbs/10_formats.ipynb #cell-3
 import os
@@ -156,11 +156,15 @@ def read_row(
 ) -> dict:  # `chosen`, `rejected` as whole dialogues in HH-RLHF's form (and `share`)
     "Read a row in any of TRL's formats; raises `ValueError` if it is in none, or `Dropped`."
     check_row(row, where)
-    given = row.get("prompt")
+    read = read_sides(row.get("prompt"), {side: row[side] for side in SIDES}, where)
+    return read | ({"share": float(row["share"])} if "share" in row else {})
+
+
+def read_sides(given: Any, sides: dict[str, Any], where: str) -> dict[str, str]:
+    "Write what goes on with a prompt, by name, as whole dialogues; raises as `read_row` does."
     prompt = read_prompt(given, where)
     plain = not isinstance(given, str) or not TURN.search(given)
-    read = {side: read_side(row[side], prompt, plain, f"{where}: {side}") for side in SIDES}
-    return read | ({"share": float(row["share"])} if "share" in row else {})
+    return {n: read_side(side, prompt, plain, f"{where}: {n}") for n, side in sides.items()}
 
 # %% ../nbs/10_formats.ipynb #cell-35
 def check_row(row: Any, where: str) -> None:
@@ -177,23 +181,30 @@ def check_row(row: Any, where: str) -> None:
                 "each row needs 'chosen' and 'rejected', "
                 f"and has {', '.join(map(repr, row)) or 'nothing'}."
             )
-        if row[side] is None:
-            raise InputError(f"{where}: the field '{side}' is null; leave this row out.")
-        if not isinstance(row[side], (str, list)):
-            raise InputError(
-                f"{where}: the field '{side}' is of type {type(row[side]).__name__}; "
-                "it must be a string or a list of messages."
-            )
-    if type(row["chosen"]) is not type(row["rejected"]):
-        raise InputError(
-            f"{where}: of 'chosen' and 'rejected' one is a string and the other "
-            "a list of messages; both must be the same."
-        )
+    check_sides({side: row[side] for side in SIDES}, where)
     share = row.get("share", 0)
     if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
         raise InputError(
             f"{where}: the field 'share' is {reprlib.repr(share)}; it must be a number from 0 "
             "to 1, the share of votes for 'chosen', in every row or in none."
+        )
+
+
+def check_sides(sides: dict[str, Any], where: str) -> None:
+    "Raise `ValueError` unless all sides are strings, or all are lists."
+    for name, side in sides.items():
+        if side is None:
+            raise InputError(f"{where}: the field '{name}' is null; leave this row out.")
+        if not isinstance(side, str | list):
+            raise InputError(
+                f"{where}: the field '{name}' is of type {type(side).__name__}; "
+                "it must be a string or a list of messages."
+            )
+    kinds = {type(side): name for name, side in sides.items()}
+    if len(kinds) > 1:
+        raise InputError(
+            f"{where}: of {' and '.join(map(repr, kinds.values()))} one is a string and the "
+            "other a list of messages; both must be the same."
         )
 
 # %% ../nbs/10_formats.ipynb #cell-37
@@ -216,7 +227,7 @@ def read_prompt(
     if split_turns(text)[-1].startswith(MARKERS["assistant"]):
         raise InputError(
             f"{where}: the prompt ends with words of the assistant, which a reply can't go on "
-            "with; move them to the start of 'chosen' and 'rejected'."
+            "with; move them to the start of each response."
         )
     return text
 

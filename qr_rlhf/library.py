@@ -26,6 +26,7 @@ from .backbones import load_tokenizer, local_or_hub
 from .chat import length_limit
 from .data import data_hash, encode_pairs, load_pairs, split_validation
 from .formats import InputError
+from .judgements import as_pairs, is_grouped, number_parts, say_size
 from qr_rlhf.large import (
     adapter_tokenizer,
     is_adapter,
@@ -109,7 +110,7 @@ class RewardModel:
             batch_size: Pairs that are computed together.
         """
         limit = length_limit(self.model.config)
-        encoded = encode(read_all(pairs, "test"), self.tokenizer, limit)
+        encoded = encode(as_pairs(read_all(pairs, "test")), self.tokenizer, limit)
         quantiles = score_pairs(self.model, self.tokenizer, encoded, batch_size)
         return measure(quantiles, read_link(self.model.config))
 
@@ -203,7 +204,7 @@ def train(
         backbone: Folder or Hub id of a language model, or of its LoRA adapter.
         pairs: A list of dictionaries (`prompt, chosen, rejected`, as text or as messages), a
             data frame, a `Dataset` (such as `load_pairs` gives for a workload of HH-RLHF), a
-            file, a folder or a Hub id.
+            file, a folder or a Hub id. Rankings and ratings are read too (chapter 29).
         output: The checkpoint's folder, which appears when training is over.
         objective: `scalar`, `paper`, `free`, `distributional`, `purm` or `dpl_normal`; or an
             object, such as `PaperObjective(kappa=0)`.
@@ -226,7 +227,9 @@ def train(
         tables = read_parts(pairs, validation)
     tokenizer, config = load_tokenizer(start), local_or_hub(AutoConfig.from_pretrained, start)
     limit = max_length or min(1024, length_limit(config))
-    parts = [table and encode(table, tokenizer, limit) for table in tables]
+    *parts, values = number_parts(
+        *(table and encode(table, tokenizer, limit) for table in tables)
+    )
     head = dict(n=n, family=getattr(objective, "family", None), max_length=limit)
     how = dict(seed=seed, precision=precision)
     rates = dict(epochs=epochs, batch_size=batch_size, learning_rate=learning_rate)
@@ -234,11 +237,14 @@ def train(
     told = dict(backbone=str(backbone), objective=str(named), lora_rank=lora_rank)
     told |= head | how | rates | dict(data_hash=data_hash(*filter(None, tables)))
     told |= {name: str(value) for name, value in kwargs.items()}
+    told |= dict(rating_values=str(values)) if values else {}
     check_output(output, told)
 
     def make(work):
         write_json(work / TOLD, told)
         model = trainable_model(start, tokenizer, **head, **how, lora_rank=lora_rank)
+        if values:
+            model.config.rating_values = values
         evaluations = 10 if parts[1] else 0
         given = dict(evaluations=evaluations) | plan(len(parts[0]), **rates, **kwargs)
         arguments = training_arguments(work, **how, **(given | kwargs))
@@ -280,8 +286,10 @@ def read_parts(pairs: object, validation: object) -> tuple[Dataset, Dataset | No
 
 def read_all(pairs: object, split: str) -> Dataset:
     "All pairs of a source, or of its split; says how many rows were dropped, and why."
-    table, dropped = load_pairs(pairs, split=split, hold_out=False)
+    table, dropped = load_pairs(pairs, split=split, hold_out=False, groups=True)
     say_dropped(dropped)
+    if is_grouped(table):
+        print(f"read: {say_size(table)}")
     return table
 
 

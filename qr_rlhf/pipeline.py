@@ -32,15 +32,11 @@ from qr_rlhf.analysis import (
     interval,
     to_arrays,
 )
-from qr_rlhf.data import (
-    count_shared_prompts,
-    data_hash,
-    encode_pairs,
-    load_pairs,
-    split_validation,
-)
+from .data import count_shared_prompts, data_hash, encode_pairs, split_validation
 from .export import model_card, write_card
 from .formats import InputError
+from .groups import responses_of
+from .judgements import advise, as_dialogues, group_results, load_parts, number_parts
 from .large import keep_adapter, plain_backbone
 from .model import load_tokenizer, tiny_gpt2, train_tokenizer
 from .resume import read_json, take_up, train_to, write_folder, write_whole
@@ -73,6 +69,7 @@ class Run:
     lock: FileLock  # held until the run is finished
     pairs: dict[str, Dataset]  # `train`, `valid` (to choose checkpoints by) and `eval`
     dropped: dict[str, dict[str, int]]  # part → reason → rows that could not be used
+    rating_values: list[float]  # what the categories of ratings stand for, if there are any
     start: str | Path | None = None  # the backbone: folder or Hub id
     tokenizer: object = None  # of the backbone
 
@@ -96,22 +93,20 @@ def begin_run(
     settings: Settings,  # all that decides the results
     name: str | None = None,  # of the run; None: the workload
     runs: Path | None = None,  # folder of all runs; None: `runs/` in the repository
-) -> Run:  # its pairs have the columns `prompt, chosen, rejected`
+) -> Run:  # its pairs have the columns `prompt, chosen, rejected`; or they are groups
     "Read a run's pairs and take hold of its folder; raises `ValueError` where it can't."
     name, synthetic = name or settings.workload, settings.data == "synthetic"
     source = World(judges=settings.judges) if synthetic else from_root(settings.data)
-    choice = dict(subsets=settings.subsets, splits=settings.splits)
-    read = partial(load_pairs, source, settings.workload, **choice)
-    train, dropped = read(split="train", n=settings.n_train)
-    evaluation, dropped_eval = read(split="test", n=settings.n_eval)
+    train, evaluation, dropped = load_parts(source, settings)
     check_evaluation(evaluation)
     folder = (runs or root_path("runs")) / name
     found = dict(data_hash=data_hash(train, evaluation), versions=versions())
     lock = open_run(folder, dataclasses.asdict(settings) | found)
-    train, valid = split_validation(train)
+    train, valid, values = number_parts(*split_validation(train))
+    if advice := advise(train, settings.objective):
+        print(advice)
     pairs = dict(train=train, valid=valid, eval=evaluation)
-    lost = dict(train=dropped, valid={}, eval=dropped_eval)
-    return Run(name, settings, folder, lock, pairs, lost)
+    return Run(name, settings, folder, lock, pairs, dropped, values)
 
 
 def check_evaluation(pairs: Dataset):
@@ -139,7 +134,7 @@ def add_backbone(run: Run):
 
 def write_scratch(folder: Path, pairs: Dataset, settings: Settings):
     "Write a small GPT-2 with random weights, and a tokenizer that is learnt from pairs."
-    texts = [row["prompt"] + row[side] for row in pairs for side in ("chosen", "rejected")]
+    texts = [row["prompt"] + response for row in pairs for response in responses_of(row)]
     tokenizer = train_tokenizer(texts, settings.vocab_size)
     tokenizer.save_pretrained(folder)
     sizes = (settings.max_length, settings.n_layer, settings.n_embd, settings.n_head)
@@ -149,7 +144,7 @@ def write_scratch(folder: Path, pairs: Dataset, settings: Settings):
 def warm_up(run: Run):
     "Train the backbone on the chosen dialogues, if the settings ask for it."
     s, start, folder = run.settings, run.start, run.folder / "warm_up"
-    train, valid = run.pairs["train"], run.pairs["valid"]
+    train, valid = (as_dialogues(run.pairs[part]) for part in ("train", "valid"))
 
     def make(work):
         rate = dict(learning_rate=s.warm_up_learning_rate)
@@ -165,6 +160,7 @@ def train_models(run: Run):
     "Train a scalar and a quantile model for each seed."
     data = dict(train=run.pairs["train"], valid=run.pairs["valid"])
     common = dict(settings=run.settings, start=run.start, tokenizer=run.tokenizer) | data
+    common |= dict(rating_values=run.rating_values)
     finish = keep_adapter if run.settings.lora_rank else None
     folders = run.folders()
     if not all([take_up(folder) for folder in folders.values()]):
@@ -217,6 +213,7 @@ def collect_results(
         name=run.name,
         **{k: getattr(s, k) for k in ("workload", "profile", "data", "backbone")},
         **{f"n_{part}": len(pairs) for part, pairs in run.pairs.items()},
+        **group_results(run.pairs, run.rating_values),
         dropped=run.dropped,
         shared_prompts=count_shared_prompts(train, evaluation),
         seeds=s.seeds,

@@ -28,8 +28,9 @@ from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
 from transformers import TrainingArguments
 
-from .data import data_hash, encode_pairs, load_pairs, split_validation
+from .data import data_hash, encode_pairs, split_validation
 from .formats import InputError
+from .judgements import load_parts, number_parts
 from .large import keep_adapter, plain_backbone, trainable_model
 from .model import load_tokenizer
 from qr_rlhf.resume import (
@@ -162,6 +163,7 @@ def reward_trainer(
     tokenizer,  # its tokenizer
     train: Dataset,  # encoded pairs to train on
     valid: Dataset,  # encoded pairs to choose the checkpoint by
+    rating_values: list[float] | tuple = (),  # what the categories of ratings stand for
 ) -> PairTrainer:
     "Make the trainer of one reward model of a run."
     n, objective = 1, None
@@ -177,6 +179,8 @@ def reward_trainer(
     how = {name: getattr(settings, name) for name in same}
     family = getattr(objective, "family", None)
     loaded = trainable_model(start, tokenizer, n, seed, family=family, **how)
+    if rating_values:
+        loaded.config.rating_values = rating_values
     rate, epochs, pairs = settings.learning_rate, settings.epochs, len(train)
     arguments = run_arguments(work, settings, pairs, epochs, seed=seed, learning_rate=rate)
     data = dict(train_dataset=train, eval_dataset=valid, processing_class=tokenizer)
@@ -201,11 +205,8 @@ def launch(
     if cpu := not torch.accelerator.is_available():
         os.environ["ACCELERATE_USE_CPU"] = "true"  # or else processes on CPUs don't meet
     state, folder = PartialState(cpu=cpu), root_path("runs") / (name or settings.workload)
-    which = dict(subsets=settings.subsets, splits=settings.splits)
-    read = partial(load_pairs, from_root(settings.data), settings.workload, **which)
     with state.main_process_first():
-        pairs, _ = read(split="train", n=settings.n_train)
-        evaluation, _ = read(split="test", n=settings.n_eval)
+        pairs, evaluation, _ = load_parts(from_root(settings.data), settings)
         if state.is_main_process:
             also = dict(data_hash=data_hash(pairs, evaluation), versions=versions())
             lock = open_run(folder, dataclasses.asdict(settings) | also)
@@ -214,8 +215,9 @@ def launch(
                 (folder / "rewards.parquet").unlink(missing_ok=True)  # of earlier models
         start = plain_backbone(from_root(settings.backbone), folder / "backbone")
     tokenizer = load_tokenizer(start)
-    train, valid = encode_parts(pairs, tokenizer, settings)
+    train, valid, values = number_parts(*encode_parts(pairs, tokenizer, settings))
     parts = dict(start=start, tokenizer=tokenizer, train=train, valid=valid)
+    parts |= dict(rating_values=values)
     finish = [keep_adapter] if settings.lora_rank else []
     for seed, model in product(settings.seeds, ("scalar", "quantile")):
         make = partial(reward_trainer, settings=settings, model=model, seed=seed, **parts)
