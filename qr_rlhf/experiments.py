@@ -265,7 +265,7 @@ def objective_temperature(objective: Objective, chosen, rejected) -> float:
     "The factor by which all outputs must be multiplied for the least log-loss of these votes."
     return best_factor(lambda f: -float(objective.log_win(f * chosen, f * rejected).mean()))
 
-# %% ../nbs/17_experiments.ipynb #x
+# %% ../nbs/17_experiments.ipynb #17-experimen-x2
 def cross_fitted(
     quantiles: np.ndarray,  # `[pairs, 2, N]`, chosen first
     link: str = "mean",  # of `win_logprob`

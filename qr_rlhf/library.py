@@ -205,8 +205,8 @@ def train(
             data frame, a `Dataset` (such as `load_pairs` gives for a workload of HH-RLHF), a
             file, a folder or a Hub id.
         output: The checkpoint's folder, which appears when training is over.
-        objective: `scalar`, `paper`, `free`, `distributional`, `purm` or `dpl_normal`; or an
-            object, such as `PaperObjective(kappa=0)`.
+        objective: `scalar`, `paper`, `free`, `distributional`, `purm`, `dpl_normal` or
+            `dpl_categorical`; or an object, such as `PaperObjective(kappa=0)`.
         n_quantiles: Quantiles of the model, unless the objective says how many.
         validation: Share of the prompts that is set aside, or pairs; None: no validation.
         epochs: Passes over the pairs.

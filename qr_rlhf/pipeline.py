@@ -86,10 +86,9 @@ class Run:
         sides = self.pairs["eval"]["chosen_ids"], self.pairs["eval"]["rejected_ids"]
         return np.array([[len(ids) for ids in side] for side in sides]).T
 
-    def link(self) -> str:  # `mean` or `distributional`
+    def link(self) -> str | None:  # `mean` or `distributional`; None: they don't say
         "How the quantile model's quantiles become the probability that chosen wins."
-        s = self.settings
-        return s.objective if s.objective == "distributional" else s.link
+        return self.settings.make_objective().link
 
 # %% ../nbs/18_pipeline.ipynb #cell-12
 def begin_run(
@@ -241,12 +240,13 @@ def metrics_table(results: dict) -> pd.DataFrame:  # a row per metric, values as
     "Both models of a run's results and their difference, with 95 % intervals."
     blocks = results["models"].items()
     parts = pd.DataFrame({m: by_metric(b["intervals"] | dict(kl=b["kl"])) for m, b in blocks})
-    swapped = parts.map(lambda part: f"{part['swapped']:.3f}").add_suffix(", swapped")
+    parts, known = parts.loc[[m for m in METRICS if m in parts.index]], dict(na_action="ignore")
+    swapped = parts.map(lambda part: f"{part['swapped']:.3f}", **known).add_suffix(", swapped")
     difference = pd.Series(by_metric(results["difference"]))
-    table = parts.map(format_interval).add_suffix(" model")
+    table = parts.map(format_interval, **known).add_suffix(" model")
     table["quantile − scalar"] = difference.map(partial(format_interval, sign=True))
     table["detectable"] = difference.map(detectable).map("{:.3f}".format)
-    return table.join(swapped).rename(METRICS)
+    return table.join(swapped).fillna("").rename(METRICS)
 
 # %% ../nbs/18_pipeline.ipynb #cell-35
 def accuracy_table(results: dict) -> pd.DataFrame:  # a row per model and rule, values as text
@@ -268,10 +268,12 @@ VERDICTS = dict(  # metric → its name; what the better model does; whether mor
 
 def verdict(
     metric: str,  # one of `VERDICTS`
-    part: dict[str, float],  # its difference quantile − scalar: `value`, `low`, `high`
+    part: dict[str, float] | None,  # its difference quantile − scalar, if it was measured
 ) -> str:  # a line of a list in Markdown
     "Say what a difference means."
     name, better, more = VERDICTS[metric]
+    if part is None:
+        return f"- **{name}**: none, since quantiles of this objective give no forecast."
     winner = "quantile" if more == (part["value"] > 0) else "scalar"
     meaning = f"the {winner} model {better}"
     if part["low"] <= 0 <= part["high"]:
@@ -288,7 +290,7 @@ def verdict_markdown(
     difference = by_metric(results["difference"])
     over = f"95 % intervals {intervals_are(len(results['seeds']))}"
     head = f"*{note}; {results['n_eval']:,} evaluation pairs. Quantile − scalar, {over}:*\n"
-    lines = [verdict(metric, difference[metric]) for metric in VERDICTS]
+    lines = [verdict(metric, difference.get(metric)) for metric in VERDICTS]
     return "\n".join([head, *lines, length_line(results["null"]), *spread_lines(results)])
 
 

@@ -74,6 +74,8 @@ def test_notebook_is_fit_to_commit(path):
     assert {"name", "language", "display_name"} <= set(kernel)  # papermill needs the language
     outputs = [output for cell in read_cells(path) for output in cell["outputs"]]
     assert not [o for o in outputs if o["output_type"] == "error" or o.get("name") == "stderr"]
+    ids = [cell["id"] for cell in json.loads(text)["cells"]]
+    assert len(set(ids)) == len(ids)
     assert path.stat().st_size < 1_500_000
     assert not re.search(r"/(home|root|work|tmp|Users)/", text), "a path of somebody's machine"
     assert len(HTMLExporter().from_filename(str(path))[0]) > 1000

@@ -272,7 +272,7 @@ def test_unknown_values_are_one_sentence(project):
     assert "choose one of helpful, harmless" in workload
     parameters = dict(workload="helpful", name="other", objective="both")
     objective = error(project.papermill("run", **parameters))
-    assert "choose one of paper, distributional" in objective
+    assert "choose one of paper, free, distributional, purm" in objective
 
 
 def test_a_bad_file_is_one_sentence(project):

@@ -85,7 +85,7 @@ def test_a_value_that_is_none_is_refused_by_name(name, given):
         (dict(lora_rank=0), "lora_rank: 0 is too small; the least is 1."),
         (dict(target="labels"), "choose one of label, shift, own, none."),
         (dict(link="x"), "choose one of mean, distributional."),
-        (dict(objective="both"), "choose one of paper, distributional."),
+        (dict(objective="both"), "choose one of paper, free, distributional, purm"),
         (dict(objective="distributional", family="x"), "choose one of normal, free."),
         (dict(objective="distributional", pool=-1), "pool: -1.0 was given"),
         (dict(kappa=-1), "neither may be negative"),
