@@ -43,8 +43,8 @@ from .export import model_card, write_card
 from .formats import InputError
 from .large import keep_adapter, plain_backbone
 from .model import load_tokenizer, tiny_gpt2, train_tokenizer
-from .resume import read_json, take_up, train_to, write_folder, write_whole
-from .runs import open_run, read_rewards, reward_trainer, run_arguments, versions
+from .resume import read_json, train_to, write_folder, write_whole
+from .runs import begin_training, open_run, read_rewards, run_arguments, versions
 from .settings import Settings
 from .sources import WORKLOADS, from_root, hub_id, root_path
 from .synthetic import World
@@ -166,11 +166,9 @@ def train_models(run: Run):
     common = dict(settings=run.settings, start=run.start, tokenizer=run.tokenizer) | data
     finish = keep_adapter if run.settings.lora_rank else None
     folders = run.folders()
-    if not all([take_up(folder) for folder in folders.values()]):
-        (run.folder / "rewards.parquet").unlink(missing_ok=True)  # of earlier models
     for i, ((model, seed), folder) in enumerate(folders.items(), start=1):
         title = f"training {i} of {len(folders)}: {model} model, seed {seed}"
-        make = partial(reward_trainer, model=model, seed=seed, **common)
+        make = partial(begin_training, run.folder, model=model, seed=seed, **common)
         train_to(folder, make, finish, title)
 
 # %% ../nbs/18_pipeline.ipynb #cell-22

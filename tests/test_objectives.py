@@ -9,7 +9,7 @@ from conftest import SMALL
 from test_model import refusal
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from qr_rlhf import RiskMeasure, load, reward_function
+from qr_rlhf import RiskMeasure, load, resume, reward_function
 from qr_rlhf.figures import figure3, reliability_figure
 from qr_rlhf.pipeline import (
     add_backbone,
@@ -22,6 +22,7 @@ from qr_rlhf.pipeline import (
     verdict_markdown,
     warm_up,
 )
+from qr_rlhf.resume import checksum
 from qr_rlhf.settings import make_settings
 from qr_rlhf.studies import quiet
 
@@ -63,6 +64,22 @@ def test_a_run_takes_each_objective(made):
     quantiles = made.rewards[made.rewards.model == "quantile"]
     assert quantiles.level.nunique() == 10 and quantiles.reward.std() > 0
     assert figure3(made.rewards, "a note").axes
+
+
+def test_a_finished_model_is_taken_up_after_one_look_at_each_file(made, monkeypatch, capsys):
+    looked = []
+
+    def watched(path):
+        looked.append(path)
+        return checksum(path)
+
+    monkeypatch.setattr(resume, "checksum", watched)
+    train_models(made.run)
+    assert capsys.readouterr().out.count("taken up, it was finished already") == 2
+    folders = made.run.folders().values()
+    listed = [len(resume.read_json(f / resume.MANIFEST)["files"]) for f in folders]
+    assert len(looked) == len(set(looked)) == sum(listed)
+    assert (made.run.folder / "rewards.parquet").exists()
 
 
 def test_its_checkpoint_says_how_its_outputs_are_read(made):

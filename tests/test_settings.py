@@ -151,7 +151,7 @@ def test_a_folder_is_held_by_one_process_and_belongs_to_its_settings(tmp_path):
     env = os.environ | dict(PYTHONPATH=str(ROOT))
     command = [sys.executable, "-c", start]
     other = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert "run: another process is working on this run" in other.stderr
+    assert "run: another process is working here" in other.stderr
     lock.release(force=True)
     open_run(run, settings | dict(lr=0.2)).release()  # nothing was made yet
     assert json.loads((run / "settings.json").read_text())["lr"] == 0.2
