@@ -133,7 +133,7 @@ def test_what_cannot_be_had_is_said(project):
     old = project.folder / "runs" / "old"
     old.mkdir()
     for name in ("results.json", "rewards.parquet"):
-        (old / name).touch()
+        (old / name).write_text("{}")
     settings = dict(workload="helpful", data="hh", backbone="gpt2", max_length=64, subsets=None)
     (old / "settings.json").write_text(json.dumps(settings))
     refused = project.papermill("studies/policy", name="other", runs_of="old")
