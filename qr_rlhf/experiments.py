@@ -265,7 +265,7 @@ def objective_temperature(objective: Objective, chosen, rejected) -> float:
     "The factor by which all outputs must be multiplied for the least log-loss of these votes."
     return best_factor(lambda f: -float(objective.log_win(f * chosen, f * rejected).mean()))
 
-# %% ../nbs/17_experiments.ipynb #17-experimen-x2
+# %% ../nbs/17_experiments.ipynb #cell-a0651938
 def cross_fitted(
     quantiles: np.ndarray,  # `[pairs, 2, N]`, chosen first
     link: str = "mean",  # of `win_logprob`
@@ -326,6 +326,7 @@ def train_reward_model(
     settings: Settings,  # epochs, learning rate, …
     seed: int = 0,  # of the head's weights and the order of pairs
     prepare: Callable | None = None,  # changes the model before it is trained
+    **training,  # any other field of `transformers.TrainingArguments`
 ) -> bool:  # whether it was trained now (or else taken up as finished)
     "Train a reward model from a language model, with an objective and its number of outputs."
     tokenizer = load_tokenizer(start)
@@ -338,7 +339,7 @@ def train_reward_model(
         if prepare:
             prepare(model)
         rate = dict(seed=seed, learning_rate=settings.learning_rate, disable_tqdm=True)
-        args = run_arguments(work, settings, len(train), settings.epochs, **rate)
+        args = run_arguments(work, settings, len(train), settings.epochs, **rate, **training)
         data = dict(train_dataset=train, eval_dataset=valid, processing_class=tokenizer)
         return PairTrainer(model, args, objective=objective, **data)
 

@@ -293,7 +293,7 @@ OBJECTIVES = {  # name → (objective, number of outputs)
     "dpl_categorical": (CategoricalDPL(), 10),
 }
 
-# %% ../nbs/02_losses.ipynb #02-losses-x2
+# %% ../nbs/02_losses.ipynb #cell-ff5d499d
 RECONSTRUCTIONS = {  # name → (objective, number of outputs)
     "paper, κ = 0": (PaperObjective(kappa=0), 10),
     "paper, weight 10": (PaperObjective(weight=10), 10),

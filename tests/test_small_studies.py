@@ -1,4 +1,4 @@
-"The studies of ingredients and of caution, at sizes at which they only have to run."
+"Ingredients, caution and the demo's values, at sizes at which they only have to run."
 
 import numpy as np
 import pandas as pd
@@ -40,3 +40,14 @@ def test_the_truth_gains_by_caution_and_bounds_the_models(project):
     assert most > 1
     at_most = rows[(rows.n == 16) & (rows.world == "separate judges")]
     assert (at_most["true CVaR"] < most).all()
+
+
+def test_each_model_takes_the_values_with_the_lowest_log_loss(project):
+    small = dict(workloads="harmless", seeds="0", n_train=120, n_eval=48)
+    project.run("studies/demo_values", check=False, epochs="1", learning_rates="4e-4", **small)
+    results = project.results("demo_values")
+    rows = pd.DataFrame(results["measures"])
+    means = rows.groupby(["model", "trial"]).log_loss_choose.mean()
+    assert results["best"] == {m: means[m].idxmin() for m in ("quantile", "scalar")}
+    demo, changed = results["trials"][0], results["trials"][1:]
+    assert all(sum(trial[k] != demo[k] for k in demo) == 1 for trial in changed)

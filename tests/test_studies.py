@@ -18,7 +18,7 @@ TINY = dict(
     check=False,
 )
 PESSIMISTIC = {"quantile 0.1", "cvar 0.2", "mean_spread 0.5", "entropic 1"}
-MEASURES = {"scalar": {"mean"}, "ensemble": {"mean", "cvar 0.5"}}
+MEASURES = {"scalar": {"mean", "minus length"}, "ensemble": {"mean", "cvar 0.5"}}
 MEASURES |= dict.fromkeys(("paper", "distributional"), {"mean"} | PESSIMISTIC)
 SOURCES = "generator", "language model"
 
