@@ -86,7 +86,7 @@ def ending_tokenizer(
     check_ends(copy, tokenizer, before, after)
     return copy
 
-
+# %% ../nbs/16_export.ipynb #f16-ends
 def text_ends(
     tokenizer,  # a fast tokenizer of `transformers`
 ) -> tuple[list[int], list[int]]:  # ids before a text, ids after it
@@ -258,7 +258,7 @@ def measured(
     shown = [k for k in CARD_METRICS if k in own and (k, model) != ("crossing_rate", "scalar")]
     return [(k, METRICS[k], own[k], format_interval(run[k])) for k in shown]
 
-
+# %% ../nbs/16_export.ipynb #f16-card
 def model_card(
     folder: str | Path,  # of the checkpoint
     settings: Settings,  # of the run

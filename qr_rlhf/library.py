@@ -167,7 +167,7 @@ def load(folder: str | Path, device: str | None = None, **kwargs) -> RewardModel
         model.to(device or torch.accelerator.current_accelerator() or "cpu")
     return RewardModel(model, tokenizer)
 
-
+# %% ../nbs/21_library.ipynb #f21-trained
 def check_trained(folder: str | Path) -> None:
     "Raise `ValueError` for a language model without a head."
     if not own_head(local_or_hub(AutoConfig.from_pretrained, folder)):
@@ -284,7 +284,7 @@ def read_all(pairs: object, split: str) -> Dataset:
     say_dropped(dropped)
     return table
 
-
+# %% ../nbs/21_library.ipynb #f21-encode
 def encode(table: Dataset, tokenizer, max_length: int) -> Dataset:
     "Pairs as token ids; says how many were dropped, and why."
     encoded, dropped = encode_pairs(table, tokenizer, max_length)

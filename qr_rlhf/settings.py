@@ -185,7 +185,7 @@ def make_settings(
         values["workload"] = name_workload(str(values["data"]))
     return Settings(**{name: read_value(FIELDS[name], value) for name, value in values.items()})
 
-
+# %% ../nbs/09_settings.ipynb #f09-name
 def check_name(
     name: str,  # as somebody wrote it
     known: Iterable[str],  # the names that there are
@@ -227,7 +227,7 @@ def read_list(value: object, kind: type) -> list:
         raise ValueError
     return found
 
-
+# %% ../nbs/09_settings.ipynb #f09-readers
 TRUTH = {"true": True, "1": True, "false": False, "0": False}
 READERS = {
     "str": lambda value: str(value).strip(),
