@@ -185,7 +185,6 @@ Their mean is the reward{% if not family %}; neighbouring quantiles can cross{% 
 | {{ label }} | {{ "%.3f" | format(own) }} | {{ mean }} |
 {% endfor %}
 
-
 ## Use and limits
 
 To compare responses to the same prompt: as the reward of a policy's training, to pick the best

@@ -14,7 +14,7 @@ from nbclient import NotebookClient
 from nbconvert import HTMLExporter
 
 ORDER = """formats chat sources backbones data packing model losses resume training analysis
-figures grammar synthetic uncertainty large settings runs export policy batches serve library
+figures grammar synthetic uncertainty large settings runs export policy batches library serve
 pipeline experiments studies""".split()
 SHOWN = ["index", "run", "report"]
 NOTEBOOKS = [
@@ -78,7 +78,12 @@ def test_notebook_is_fit_to_commit(path):
     assert len(set(ids)) == len(ids)
     assert path.stat().st_size < 1_500_000
     assert not re.search(r"/(home|root|work|tmp|Users)/", text), "a path of somebody's machine"
-    assert len(HTMLExporter().from_filename(str(path))[0]) > 1000
+    nbformat.validate(nbformat.reads(text, 4))
+
+
+def test_a_notebook_becomes_a_page():
+    page, _ = HTMLExporter().from_filename(str(ROOT / "nbs" / "run.ipynb"))
+    assert "What this run says" in page and "image/png" in page
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
