@@ -323,13 +323,13 @@ def main_process_first():
 
 # %% ../nbs/21_library.ipynb #cell-16
 TOLD = "training.json"
-SHOWING = ("disable_tqdm", "report_to", "run_name", "log_", "logging_", "push_to_hub", "hub_")
-SHOWING += ("project", "trackio", "save_total_limit", "dataloader_num", "dataloader_pin")
+SHOWING = """disable_tqdm report_to run_name log_ logging_ push_to_hub hub_ project trackio
+save_total_limit dataloader_num dataloader_pin""".split()
 
 
 def deciding(told: dict) -> dict:
     "What was told of a training, without what changes nothing but what is shown, or how fast."
-    return {name: value for name, value in told.items() if not name.startswith(SHOWING)}
+    return {name: value for name, value in told.items() if not name.startswith(tuple(SHOWING))}
 
 
 def check_output(output: Path, told: dict) -> None:

@@ -16,13 +16,13 @@ import os
 import re
 import shutil
 from collections.abc import Callable
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryFile
 
 import torch
 from accelerate import PartialState
-from filelock import FileLock, Timeout
+from filelock import AcquireReturnProxy, FileLock, Timeout
 from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -161,7 +161,7 @@ def first_process() -> bool:
 def hold(
     folder: Path,  # made if need be
     again: bool = False,  # whether this process may hold it twice
-) -> AbstractContextManager:  # lets go at its end
+) -> AcquireReturnProxy | nullcontext:  # a context; it lets go at its end
     "Keep others out of a folder; raises `ValueError` if another process is working there."
     lock = FileLock(folder / ".lock", timeout=0, is_singleton=again)
     if not first_process():  # which holds the folder for all
