@@ -275,14 +275,16 @@ METRICS = dict(
 
 
 def statistics(quantiles, samples, lengths=None, link="mean") -> pd.DataFrame:
-    "Every metric (a column) on every sample of pairs (a row); without lengths one less."
-    means, log_win, rows = quantiles.mean(axis=-1), win_logprob(quantiles, link), []
+    "Every metric (a column) on every sample of pairs (a row); without link or lengths fewer."
+    means, rows = quantiles.mean(axis=-1), []
+    log_win = win_logprob(quantiles, link) if link else None
     for s in samples:
         pair = means[s].T
-        row = dict(accuracy=accuracy(*pair), auroc=auroc(*pair), nll=-log_win[s].mean())
-        row |= dict(ece=ece(reliability(log_win[s])), crossing_rate=crossing_rate(quantiles[s]))
-        row |= dict(kl_histogram=kl_histogram(*pair), kl_knn=kl_knn(*pair))
-        row["wasserstein"] = wasserstein_distance(*pair)
+        row = dict(accuracy=accuracy(*pair), auroc=auroc(*pair))
+        if link:
+            row |= dict(nll=-log_win[s].mean(), ece=ece(reliability(log_win[s])))
+        row |= dict(crossing_rate=crossing_rate(quantiles[s]), kl_histogram=kl_histogram(*pair))
+        row |= dict(kl_knn=kl_knn(*pair), wasserstein=wasserstein_distance(*pair))
         if lengths is not None:
             row["length_correlation"] = length_correlation(means[s], lengths[s])
         rows.append(row)
@@ -314,7 +316,7 @@ def summarise(tables: list[pd.DataFrame], zero: pd.Series | None = None) -> dict
 def evaluate(
     rewards: pd.DataFrame,  # the rewards table, with the models scalar and quantile
     lengths: np.ndarray | None = None,  # of the responses `[pairs, 2]`, pairs ascending
-    link: str = "mean",  # the quantile model's (see `win_logprob`); a scalar model has one
+    link: str | None = "mean",  # the quantile model's (see `win_logprob`); None: no forecast
     n_resamples: int = 200,  # half-samples for the intervals, an even number
     seed: int = 0,  # of half-samples and swaps
 ) -> dict:  # `models`: model → metrics, `intervals`, `kl`, `per_seed`; `difference`
@@ -325,15 +327,16 @@ def evaluate(
     models, tables = {}, {}
     for model in MODELS:
         by_seed = {s: q for (m, s), q in arrays.items() if m == model}
-        measured = {s: statistics(q, samples, lengths, link) for s, q in by_seed.items()}
-        zeros = [swapped(q, lengths, link, seed) for q in by_seed.values()]
+        own = link if model == "quantile" else "mean"
+        measured = {s: statistics(q, samples, lengths, own) for s, q in by_seed.items()}
+        zeros = [swapped(q, lengths, own, seed) for q in by_seed.values()]
         tables[model] = list(measured.values())
         parts = summarise(tables[model], sum(zeros) / len(zeros))
         kl = parts.pop("kl")
         per_seed = [{"seed": int(s), **table.loc[0].to_dict()} for s, table in measured.items()]
         values = {name: part["value"] for name, part in parts.items()}
         models[model] = values | dict(intervals=parts, kl=kl, per_seed=per_seed)
-    gains = [q - s for s, q in zip(*tables.values(), strict=True)]
+    gains = [(q - s)[list(q)] for s, q in zip(*tables.values(), strict=True)]
     return dict(models=models, difference=summarise(gains))
 
 

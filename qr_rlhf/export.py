@@ -22,6 +22,7 @@ from transformers import AutoConfig, PreTrainedTokenizerFast
 from .analysis import METRICS, format_interval
 from .data import sequence_ends
 from .formats import InputError, write_chat
+from .model import read_link
 from .runs import versions, write_whole
 from .settings import Settings
 from .sources import hub_id
@@ -85,7 +86,7 @@ def ending_tokenizer(
     check_ends(copy, tokenizer, before, after)
     return copy
 
-
+# %% ../nbs/16_export.ipynb #f16-ends
 def text_ends(
     tokenizer,  # a fast tokenizer of `transformers`
 ) -> tuple[list[int], list[int]]:  # ids before a text, ids after it
@@ -105,9 +106,8 @@ def check_ends(copy, tokenizer, before: list[int], after: list[int]):
         if found != (wanted, wanted):
             name = tokenizer.name_or_path or type(tokenizer).__name__
             raise InputError(
-                f"tokenizer: {name} can't be made to end a text by itself; "
-                "export the model with its own tokenizer, "
-                f"and append {tokenizer.eos_token!r} to every text."
+                f"tokenizer: {name} can't be made to end a text by itself; export the model "
+                f"with its own tokenizer, and append {tokenizer.eos_token!r} to every text."
             )
 
 # %% ../nbs/16_export.ipynb #cell-20
@@ -141,6 +141,9 @@ where 0 lies does not.
 {% elif family == "normal" %}
 2 outputs: μ and log s of a normal distribution of the reward, log s kept between −8 and 8. μ is
 the reward. The quantile at level τ is μ + s·Φ⁻¹(τ).
+{% elif family == "categorical" %}
+{{ levels | length }} outputs: logits of as many values, evenly spaced from 0 to 1, each spread
+over its cell. The mean of that distribution is the reward.
 {% else %}
 {{ levels | length }} outputs: {% if family %}once sorted, {% endif %}the quantiles of the
 predicted reward distribution at the levels {{ levels | join(", ") }}.
@@ -175,6 +178,7 @@ Their mean is the reward{% if not family %}; neighbouring quantiles can cross{% 
 {{ results.n_eval }} pairs. Mean and 95 % interval: over the run's seeds
 ({{ results.seeds | join(", ") }}) and these pairs; they say nothing about other data
 {%- if results.seeds | length == 1 %}, and nothing about other seeds{% endif %}.
+{%- if not link %} The quantiles give no forecast of who wins, so no log-loss.{% endif +%}
 
 | metric | this checkpoint | the run's mean [95 %] |
 | --- | --- | --- |
@@ -200,8 +204,7 @@ of several, to filter data.
   not as the reward's spread.
 {% endif %}
 {% if settings.data == "synthetic" %}
-- The pairs are of an embedded synthetic world: nothing here says anything about human
-  preferences.
+- The pairs are of an embedded synthetic world: nothing follows about human preferences.
 {% else %}
 - It knows the preferences of those who labelled these pairs, and their mistakes; a policy
   optimised against it will find its errors.
@@ -213,11 +216,9 @@ of several, to filter data.
 With `qr_rlhf`:
 
 ```python
-from qr_rlhf.model import load_reward_model, load_tokenizer, score
-tokenizer = load_tokenizer("<this folder>")
-model = load_reward_model("<this folder>", tokenizer)
-responses = [" Because.", " No idea."]
-print(score(model, tokenizer, "\n\nHuman: Why?\n\nAssistant:", responses))  # a row a response
+from qr_rlhf import load
+rewards = load("<this folder>").score("Why?", ["Because.", "No idea."])
+print(rewards.mean(), rewards.quantiles)  # a row a response
 ```
 
 Without it, an ordinary checkpoint of `transformers`; the end token must be there:
@@ -229,15 +230,14 @@ print(model("\n\nHuman: Why?\n\nAssistant: Because." + model.tokenizer.eos_token
 ```
 
 {% if adapter %}
-This folder holds the merged model; the LoRA adapter it was trained as is in `adapter/`:
-`qr_rlhf.large.load_adapter("<this folder>/adapter", tokenizer)`.
+This folder holds the merged model. The LoRA adapter it was trained as is in `adapter/`, and
+`load` takes that folder, too.
 
 {% endif %}
 ## Versions
 
 {{ results.versions.items() | map("join", " ") | join(", ") }}.
-The licence depends on the backbone's and the data's; whoever publishes this checkpoint chooses
-it.
+Whoever publishes this checkpoint chooses a licence that its backbone and data allow.
 """
 
 # %% ../nbs/16_export.ipynb #cell-22
@@ -255,10 +255,10 @@ def measured(
     block = results["models"][model]
     own = next(values for values in block["per_seed"] if values["seed"] == seed)
     run = block["intervals"] | dict(kl_kde=block["kl"]["kde"])
-    shown = [k for k in CARD_METRICS if (k, model) != ("crossing_rate", "scalar")]
+    shown = [k for k in CARD_METRICS if k in own and (k, model) != ("crossing_rate", "scalar")]
     return [(k, METRICS[k], own[k], format_interval(run[k])) for k in shown]
 
-
+# %% ../nbs/16_export.ipynb #f16-card
 def model_card(
     folder: str | Path,  # of the checkpoint
     settings: Settings,  # of the run
@@ -275,6 +275,7 @@ def model_card(
         base_model=hub_id(settings.backbone),
         backbone=Path(settings.backbone).name,
         family=config.quantile_family,
+        link=read_link(config),
         levels=[f"{level:g}" for level in config.quantile_levels],
         options=dataclasses.asdict(settings.make_objective()),
         metrics=measured(results, model, seed),
@@ -286,10 +287,9 @@ def model_card(
 # %% ../nbs/16_export.ipynb #cell-28
 ADAPTER_CARD = """# A LoRA adapter of a reward model
 
-What it was trained on and for stands on the card of the merged model, in the folder above. The
-adapter alone is loaded with `qr_rlhf.large.load_adapter("<this folder>", tokenizer)`, where its
-base `{{ base_model_name_or_path }}` can be found: on the Hub, or as a folder, counted from one
-of the folders above this one, or from the working folder.
+What it was trained on and for stands on the card of the merged model, in the folder above.
+`qr_rlhf.load("<this folder>")` loads it where its base `{{ base_model_name_or_path }}` can be
+found: on the Hub, or as a folder, counted from one above this one or from the working folder.
 """
 
 

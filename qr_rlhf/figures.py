@@ -198,15 +198,19 @@ def check_two_levels(levels):
 def reliability_figure(
     rewards: pd.DataFrame,  # the rewards table
     note: str,  # which data and model
-    link: str = "mean",  # of `win_logprob`
+    link: str | None = "mean",  # of `win_logprob`; None: quantiles give no forecast
 ) -> Figure:  # one panel, a line per model
     "Frequency against forecast that a response wins, with 95 % intervals over pairs."
     arrays, note = first_seed(rewards, note)
+    how = "bars: 95 % over pairs, one seed; error: expected calibration error"
+    if link is None:
+        del arrays["quantile"]
+        how = f"scalar model alone: the other's quantiles give no forecast; {how}"
     with style():
         fig, ax = plt.subplots(figsize=(6, 5.6))
         ax.plot([0, 1], [0, 1], color="0.5", ls="--", lw=1, label="calibrated")
         for (model, quantiles), marker in zip(arrays.items(), "os", strict=False):
-            table = reliability(win_logprob(quantiles, link))
+            table = reliability(win_logprob(quantiles, link or "mean"))
             ax.errorbar(
                 table.forecast,
                 table.happened,
@@ -220,7 +224,6 @@ def reliability_figure(
         ax.set(xlabel="forecast that a response wins", ylabel="share of pairs it won")
         ax.set(xlim=ends, ylim=ends, aspect="equal")
         ax.legend(loc="upper left", fontsize="small")
-        how = "bars: 95 % over pairs, one seed; error: expected calibration error"
         return finish(fig, "Reliability", f"{note}\n{how}")
 
 # %% ../nbs/05_figures.ipynb #cell-28

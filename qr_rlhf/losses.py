@@ -18,7 +18,13 @@ import torch
 from torch.nn.functional import huber_loss, logsigmoid, pad
 
 from .formats import InputError
-from .model import normal_quantiles, quantile_levels, read_link, read_quantiles
+from qr_rlhf.model import (
+    categorical_quantiles,
+    normal_quantiles,
+    quantile_levels,
+    read_link,
+    read_quantiles,
+)
 
 # %% ../nbs/02_losses.ipynb #cell-6
 def bradley_terry(
@@ -259,16 +265,11 @@ class CategoricalDPL(Objective):
     "Rewards on K evenly spaced values in [0, 1] (outputs K logits): DPL, second form."
 
     n: int = 10  # quantiles to read
+    family = "categorical"
 
     def quantiles(self, outputs: torch.Tensor) -> torch.Tensor:
         "The predicted quantiles, `[..., N]`, in [0, 1]."
-        share = outputs.softmax(-1)
-        edges = pad(share.cumsum(-1), (1, 0)).contiguous()
-        levels = torch.tensor(quantile_levels(self.n), device=outputs.device)
-        levels = levels.expand(*outputs.shape[:-1], self.n).contiguous()
-        cell = (torch.searchsorted(edges, levels) - 1).clamp(0, share.shape[-1] - 1)
-        part = (levels - edges.gather(-1, cell)) / share.gather(-1, cell)  # of the cell
-        return (cell + part) / share.shape[-1]
+        return categorical_quantiles(outputs, self.n)
 
     def log_win(self, chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
         "Log probability that the chosen response wins, a tie counting half, `[..., batch]`."
@@ -276,6 +277,10 @@ class CategoricalDPL(Objective):
         below = q[..., :-1].logcumsumexp(-1)  # log P(rejected lies below a value)
         below = pad(below, (1, 0), value=-torch.inf)
         return torch.logaddexp(p + below, p + q - math.log(2)).logsumexp(-1)
+
+    def __post_init__(self):
+        if self.n < 2:
+            raise InputError(f"n: a distribution on {self.n} value is none; give 2 or more.")
 
 # %% ../nbs/02_losses.ipynb #cell-75
 OBJECTIVES = {  # name → (objective, number of outputs)
@@ -306,6 +311,8 @@ def usual_objective(
 ) -> Objective:
     "What a reward model learns where no objective is named."
     family = getattr(config, "quantile_family", None)
+    if family == "categorical":
+        return CategoricalDPL(len(config.quantile_levels))
     if family:
         return DistributionalObjective(family, n=len(config.quantile_levels))
     if config.num_labels == 1:

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['quantile_levels', 'interpolate_quantile', 'cvar_weights', 'check_tail',
            'RewardDistribution', 'check_several', 'check_level', 'check_link',
-           'load_reward_model', 'own_head', 'choose_head', 'set_dropout', 'score',
-           'score_many', 'encode_request', 'read_quantiles', 'read_link',
-           'normal_quantiles', 'to_scalar', 'output_weights', 'load_tokenizer',
+           'load_reward_model', 'own_head', 'choose_head', 'score', 'score_many',
+           'encode_request', 'read_quantiles', 'read_link', 'normal_quantiles',
+           'categorical_quantiles', 'to_scalar', 'output_weights', 'load_tokenizer',
            'local_or_hub', 'tiny_gpt2', 'train_tokenizer']
 
 # %% ../nbs/01_model.ipynb #cell-3
@@ -25,6 +25,7 @@ from qr_rlhf.backbones import (
     load_weights,
     local_or_hub,
     sequence_ends,
+    set_dropout,
     tiny_gpt2,
     train_tokenizer,
 )
@@ -177,7 +178,7 @@ def load_reward_model(
         n: Quantiles of a new head: 1 for a scalar model, 10 in the paper.
         seed: Of the new head's weights.
         dropout: Of every dropout layer; None keeps the backbone's own.
-        family: Of a new head: `normal`, `free` (see `read_quantiles`) or None.
+        family: Of a new head: `normal`, `free`, `categorical` (see `read_quantiles`) or None.
         max_length: Tokens in a sequence it is trained on; None: all it takes.
         **kwargs: For `from_pretrained`, such as `dtype` or `device_map`.
     """
@@ -219,18 +220,10 @@ def choose_head(config, name, n, family):
     if n is None or n < 1:
         problem = f"n: {n} was given, but {name} has no head yet"
         raise InputError(f"{problem}; say how many quantiles it gets, such as n=10.")
-    if family not in (None, "normal", "free"):
-        raise InputError(f"family: {family!r} is unknown; choose normal or free, or none.")
+    if family not in (None, "normal", "free", "categorical"):
+        known = "normal, free, categorical, or none"
+        raise InputError(f"family: {family!r} is unknown; choose {known}.")
     return n, family
-
-# %% ../nbs/01_model.ipynb #api01-weights
-def set_dropout(model, dropout):
-    layers = [m for m in model.modules() if isinstance(m, torch.nn.Dropout)]
-    if dropout and not layers:
-        kind = type(model).__name__
-        raise InputError(f"dropout: {kind} has no dropout layers; leave dropout out.")
-    for layer in layers:
-        layer.p = dropout
 
 # %% ../nbs/01_model.ipynb #cell-53
 def score(
@@ -283,15 +276,18 @@ def read_quantiles(
     family = getattr(config, "quantile_family", None)
     if family == "normal":
         return normal_quantiles(outputs, len(config.quantile_levels))
+    if family == "categorical":
+        return categorical_quantiles(outputs, len(config.quantile_levels))
     return outputs.sort(-1).values if family == "free" else outputs
 
 # %% ../nbs/01_model.ipynb #cell-s57-0
 def read_link(
     config,  # of a reward model
-) -> str | None:  # `mean` or `distributional`
+) -> str | None:  # `mean` or `distributional`; None: they don't say
     "How the model's quantiles become the chance of being preferred, as it was trained."
-    usual = "distributional" if getattr(config, "quantile_family", None) else "mean"
-    return getattr(config, "quantile_link", usual)
+    usual = dict(normal="distributional", free="distributional", categorical=None)
+    family = getattr(config, "quantile_family", None)
+    return getattr(config, "quantile_link", usual.get(family, "mean"))
 
 # %% ../nbs/01_model.ipynb #cell-58
 def normal_quantiles(
@@ -302,6 +298,19 @@ def normal_quantiles(
     mean, log_scale = outputs.float().unbind(-1)
     z = torch.special.ndtri(torch.tensor(quantile_levels(n), device=outputs.device))
     return mean[..., None] + log_scale.clamp(-8, 8).exp()[..., None] * z
+
+
+def categorical_quantiles(
+    outputs: torch.Tensor,  # logits of K values, evenly spaced in [0, 1], `[..., K]`
+    n: int,  # number of quantiles, N
+) -> torch.Tensor:  # `[..., N]`
+    "Quantiles of categorical distributions, each value spread evenly over its cell."
+    share = outputs.softmax(-1)
+    edges = torch.nn.functional.pad(share.cumsum(-1), (1, 0))
+    levels = torch.tensor(quantile_levels(n), device=outputs.device)
+    cell = (edges[..., None, :-1] < levels[:, None]).sum(-1) - 1
+    part = (levels - edges.gather(-1, cell)) / share.gather(-1, cell)  # of the cell
+    return (cell + part) / share.shape[-1]
 
 # %% ../nbs/01_model.ipynb #cell-68
 def to_scalar(
@@ -325,12 +334,13 @@ def to_scalar(
 def output_weights(config, weights):
     "The weight of each output; for the family `normal` the mean is the first output, μ."
     n, family = config.num_labels, getattr(config, "quantile_family", None)
-    if weights is None:
+    if weights is None and family != "categorical":
         return [1.0, 0.0] if family == "normal" else [1 / n] * n
     if family:
         raise InputError(
-            f"weights: outputs of the family {family!r} are not quantiles themselves, "
-            "so only the mean can be folded; leave weights out."
+            f"weights: outputs of the family {family!r} are not quantiles themselves, so only "
+            "the mean can be folded (of categorical not even that); leave weights out, or use "
+            "reward_function."
         )
     if len(weights) != n:
         raise InputError(f"weights: {len(weights)} were given for {n} outputs; give {n}.")

@@ -93,6 +93,8 @@ def output_names(levels: list[float], family: str | None) -> list[str]:
         return ["mean reward", "log scale"]
     if family == "free":
         return [f"quantile {i + 1} of {len(levels)}, unsorted" for i in range(len(levels))]
+    if family == "categorical":
+        return [f"logit of value {i + 1} of {len(levels)}" for i in range(len(levels))]
     if len(levels) == 1:
         return ["reward"]
     return [f"reward at level {level:g}" for level in levels]

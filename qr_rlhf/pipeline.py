@@ -39,8 +39,8 @@ from .groups import responses_of
 from .judgements import advise, as_dialogues, group_results, load_parts, number_parts
 from .large import keep_adapter, plain_backbone
 from .model import load_tokenizer, tiny_gpt2, train_tokenizer
-from .resume import read_json, take_up, train_to, write_folder, write_whole
-from .runs import open_run, read_rewards, reward_trainer, run_arguments, versions
+from .resume import read_json, train_to, write_folder, write_whole
+from .runs import begin_training, open_run, read_rewards, run_arguments, versions
 from .settings import Settings
 from .sources import WORKLOADS, from_root, hub_id, root_path
 from .synthetic import World
@@ -83,10 +83,9 @@ class Run:
         sides = self.pairs["eval"]["chosen_ids"], self.pairs["eval"]["rejected_ids"]
         return np.array([[len(ids) for ids in side] for side in sides]).T
 
-    def link(self) -> str:  # `mean` or `distributional`
+    def link(self) -> str | None:  # `mean` or `distributional`; None: they don't say
         "How the quantile model's quantiles become the probability that chosen wins."
-        s = self.settings
-        return s.objective if s.objective == "distributional" else s.link
+        return self.settings.make_objective().link
 
 # %% ../nbs/18_pipeline.ipynb #cell-12
 def begin_run(
@@ -163,11 +162,9 @@ def train_models(run: Run):
     common |= dict(rating_values=run.rating_values)
     finish = keep_adapter if run.settings.lora_rank else None
     folders = run.folders()
-    if not all([take_up(folder) for folder in folders.values()]):
-        (run.folder / "rewards.parquet").unlink(missing_ok=True)  # of earlier models
     for i, ((model, seed), folder) in enumerate(folders.items(), start=1):
         title = f"training {i} of {len(folders)}: {model} model, seed {seed}"
-        make = partial(reward_trainer, model=model, seed=seed, **common)
+        make = partial(begin_training, run.folder, model=model, seed=seed, **common)
         train_to(folder, make, finish, title)
 
 # %% ../nbs/18_pipeline.ipynb #cell-22
@@ -238,12 +235,13 @@ def metrics_table(results: dict) -> pd.DataFrame:  # a row per metric, values as
     "Both models of a run's results and their difference, with 95 % intervals."
     blocks = results["models"].items()
     parts = pd.DataFrame({m: by_metric(b["intervals"] | dict(kl=b["kl"])) for m, b in blocks})
-    swapped = parts.map(lambda part: f"{part['swapped']:.3f}").add_suffix(", swapped")
+    parts, known = parts.loc[[m for m in METRICS if m in parts.index]], dict(na_action="ignore")
+    swapped = parts.map(lambda part: f"{part['swapped']:.3f}", **known).add_suffix(", swapped")
     difference = pd.Series(by_metric(results["difference"]))
-    table = parts.map(format_interval).add_suffix(" model")
+    table = parts.map(format_interval, **known).add_suffix(" model")
     table["quantile − scalar"] = difference.map(partial(format_interval, sign=True))
     table["detectable"] = difference.map(detectable).map("{:.3f}".format)
-    return table.join(swapped).rename(METRICS)
+    return table.join(swapped).fillna("").rename(METRICS)
 
 # %% ../nbs/18_pipeline.ipynb #cell-35
 def accuracy_table(results: dict) -> pd.DataFrame:  # a row per model and rule, values as text
@@ -265,10 +263,12 @@ VERDICTS = dict(  # metric → its name; what the better model does; whether mor
 
 def verdict(
     metric: str,  # one of `VERDICTS`
-    part: dict[str, float],  # its difference quantile − scalar: `value`, `low`, `high`
+    part: dict[str, float] | None,  # its difference quantile − scalar, if it was measured
 ) -> str:  # a line of a list in Markdown
     "Say what a difference means."
     name, better, more = VERDICTS[metric]
+    if part is None:
+        return f"- **{name}**: none, since quantiles of this objective give no forecast."
     winner = "quantile" if more == (part["value"] > 0) else "scalar"
     meaning = f"the {winner} model {better}"
     if part["low"] <= 0 <= part["high"]:
@@ -285,7 +285,7 @@ def verdict_markdown(
     difference = by_metric(results["difference"])
     over = f"95 % intervals {intervals_are(len(results['seeds']))}"
     head = f"*{note}; {results['n_eval']:,} evaluation pairs. Quantile − scalar, {over}:*\n"
-    lines = [verdict(metric, difference[metric]) for metric in VERDICTS]
+    lines = [verdict(metric, difference.get(metric)) for metric in VERDICTS]
     return "\n".join([head, *lines, length_line(results["null"]), *spread_lines(results)])
 
 

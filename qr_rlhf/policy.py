@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from .chat import own_turn, turn_end
 from .export import ending_tokenizer, export_card, write_card
 from .formats import InputError
-from .model import RewardDistribution, cvar_weights, score, to_scalar
+from .model import RewardDistribution, cvar_weights, score_many, to_scalar
 from .resume import MANIFEST
 
 # %% ../nbs/08_policy.ipynb #cell-6
@@ -127,10 +127,11 @@ def reward_function(
         same = {}  # prompt → where it stands
         for i, prompt in enumerate(prompts):
             same.setdefault(json.dumps(prompt), []).append(i)  # a text, or chat messages
-        rewards = [None] * len(prompts)
-        for places in same.values():
-            replies = [own_turn(completions[i], end) for i in places]
-            quantiles = score(model, tokenizer, prompts[places[0]], replies, max_length)
+        asked = [prompts[places[0]] for places in same.values()]
+        replies = [[own_turn(completions[i], end) for i in places] for places in same.values()]
+        found = score_many(model, tokenizer, asked, replies, max_length)
+        rewards = [0.0] * len(prompts)
+        for places, quantiles in zip(same.values(), found, strict=True):
             values = measure(RewardDistribution(quantiles)).tolist()
             for i, value in zip(places, values, strict=True):
                 rewards[i] = value

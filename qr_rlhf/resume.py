@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['LEFTOVER', 'MANIFEST', 'write_whole', 'naming_place', 'why_unwritable', 'sweep',
            'write_manifest', 'write_json', 'checksum', 'find_damage', 'read_json',
-           'take_up', 'first_process', 'write_folder', 'Manifests', 'AlreadyTrained',
-           'last_checkpoint', 'best_of', 'decisive', 'check_same', 'find_changes',
-           'train_to', 'train_on', 'save', 'hold', 'dropping_halves']
+           'take_up', 'first_process', 'hold', 'write_folder', 'Manifests',
+           'AlreadyTrained', 'last_checkpoint', 'best_of', 'decisive', 'check_same',
+           'find_changes', 'train_to', 'train_on', 'save', 'dropping_halves']
 
 # %% ../nbs/23_resume.ipynb #cell-3
 import hashlib
@@ -16,13 +16,13 @@ import os
 import re
 import shutil
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryFile
 
 import torch
 from accelerate import PartialState
-from filelock import FileLock, Timeout
+from filelock import AcquireReturnProxy, FileLock, Timeout
 from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -158,6 +158,25 @@ def first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def hold(
+    folder: Path,  # made if need be
+    again: bool = False,  # whether this process may hold it twice
+) -> AcquireReturnProxy | nullcontext:  # a context; it lets go at its end
+    "Keep others out of a folder; raises `ValueError` if another process is working there."
+    lock = FileLock(folder / ".lock", timeout=0, is_singleton=again)
+    if not first_process():  # which holds the folder for all
+        return nullcontext(lock)
+    try:
+        with naming_place(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            return lock.acquire()
+    except Timeout:
+        raise InputError(
+            f"{folder.name}: another process is working here; wait for it, or give another "
+            "folder or name."
+        ) from None
+
+
 def write_folder(
     folder: str | Path,  # where to
     write: Callable,  # writes it, given a path
@@ -165,16 +184,16 @@ def write_folder(
     "Write a folder whole or not at all, unless it is there."
     folder = Path(folder)
     work = folder.with_name(folder.name + ".working")
-    if take_up(folder):
-        return
-    shutil.rmtree(work, ignore_errors=True)
-    try:
-        with naming_place(work):
-            write(work)
-            write_manifest(work)
-            work.rename(folder)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    with hold(work):
+        try:
+            if not take_up(folder):
+                shutil.rmtree(work / "finished", ignore_errors=True)
+                with naming_place(work):
+                    write(work / "finished")
+                    write_manifest(work / "finished")
+                    (work / "finished").rename(folder)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
 
 # %% ../nbs/23_resume.ipynb #cell-23
 class Manifests(TrainerCallback):
@@ -315,25 +334,6 @@ def save(trainer: Trainer, saved: Path, folder: Path, finish: Callable | None):
         write_manifest(saved)
         saved.rename(folder)
     trainer.accelerator.wait_for_everyone()
-
-
-@contextmanager
-def hold(work: Path):
-    "Keep other trainings out of a working folder; raises `ValueError` if there is one."
-    lock = FileLock(work / ".lock", timeout=0)
-    if first_process():  # it holds the folder for all
-        try:
-            with naming_place(work):
-                work.mkdir(parents=True, exist_ok=True)
-                lock.acquire()
-        except Timeout:
-            raise InputError(
-                f"{work}: another process trains here; wait for it, or give another folder."
-            ) from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 @contextmanager

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COMPUTING', 'save_figure', 'read_rewards', 'versions', 'open_run', 'check_settings',
-           'run_arguments', 'sharded', 'reward_trainer', 'encode_parts', 'launch',
-           'read_arguments']
+           'run_arguments', 'sharded', 'reward_trainer', 'begin_training',
+           'encode_parts', 'launch', 'read_arguments']
 
 # %% ../nbs/15_runs.ipynb #cell-3
 import argparse
@@ -24,7 +24,7 @@ import pandas as pd
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from matplotlib.figure import Figure
 from transformers import TrainingArguments
 
@@ -35,10 +35,9 @@ from .large import keep_adapter, plain_backbone, trainable_model
 from .model import load_tokenizer
 from qr_rlhf.resume import (
     find_changes,
-    naming_place,
+    hold,
     read_json,
     sweep,
-    take_up,
     train_to,
     write_whole,
 )
@@ -89,16 +88,7 @@ def open_run(
 ) -> FileLock:  # held until it is released or the process ends
     "Take hold of a run's folder; raises `ValueError` if it is held or has other settings."
     folder = Path(folder)
-    lock = FileLock(folder / ".lock", timeout=0, is_singleton=True)
-    try:
-        with naming_place(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            lock.acquire()
-    except Timeout:
-        raise InputError(
-            f"{folder.name}: another process is working on this run; wait for it, "
-            "or give this one another name."
-        ) from None
+    lock = hold(folder, again=True).lock
     sweep(folder)
     path, settings = folder / "settings.json", json.loads(json.dumps(settings))
     try:
@@ -186,6 +176,16 @@ def reward_trainer(
     data = dict(train_dataset=train, eval_dataset=valid, processing_class=tokenizer)
     return PairTrainer(loaded, arguments, objective=objective, **data)
 
+
+def begin_training(
+    folder: Path,  # of the run
+    work: str | Path,  # where checkpoints go while it trains
+    **parts,  # as `reward_trainer` takes them
+) -> PairTrainer:
+    "Make the trainer of a model that isn't finished; a table of earlier rewards goes."
+    (folder / "rewards.parquet").unlink(missing_ok=True)
+    return reward_trainer(work, **parts)
+
 # %% ../nbs/15_runs.ipynb #cell-31
 def encode_parts(
     pairs: Dataset,  # prompt, chosen, rejected
@@ -210,17 +210,14 @@ def launch(
         if state.is_main_process:
             also = dict(data_hash=data_hash(pairs, evaluation), versions=versions())
             lock = open_run(folder, dataclasses.asdict(settings) | also)
-            models = product(("scalar", "quantile"), settings.seeds)
-            if not all([take_up(folder / model / f"seed{seed}") for model, seed in models]):
-                (folder / "rewards.parquet").unlink(missing_ok=True)  # of earlier models
         start = plain_backbone(from_root(settings.backbone), folder / "backbone")
     tokenizer = load_tokenizer(start)
     train, valid, values = number_parts(*encode_parts(pairs, tokenizer, settings))
-    parts = dict(start=start, tokenizer=tokenizer, train=train, valid=valid)
+    parts = dict(settings=settings, start=start, tokenizer=tokenizer, train=train, valid=valid)
     parts |= dict(rating_values=values)
     finish = [keep_adapter] if settings.lora_rank else []
     for seed, model in product(settings.seeds, ("scalar", "quantile")):
-        make = partial(reward_trainer, settings=settings, model=model, seed=seed, **parts)
+        make = partial(begin_training, folder, model=model, seed=seed, **parts)
         trained = train_to(folder / model / f"seed{seed}", make, *finish)
         done = "trained" if trained else "taken up, it was finished already"
         state.print(f"{model}/seed{seed}: {done}")

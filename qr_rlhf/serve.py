@@ -27,7 +27,8 @@ from transformers import PreTrainedModel
 
 from .batches import Busy, Scorer
 from .formats import InputError
-from .model import RewardDistribution, load_reward_model, load_tokenizer
+from .library import load
+from .model import RewardDistribution
 from .packing import output_names
 from .policy import RiskMeasure, read_measure
 
@@ -287,16 +288,15 @@ def main(
     "Serve a reward model until the process is stopped."
     given = read_options(arguments)
     transformers.utils.logging.disable_progress_bar()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     limits = Limits(**{f.name: getattr(given, f.name) for f in dataclasses.fields(Limits)})
     try:
-        measure, tokenizer = read_measure(given.measure), load_tokenizer(given.model)
-        model = load_reward_model(given.model, tokenizer).to(device)
+        measure, loaded = read_measure(given.measure), load(given.model)
+        model, tokenizer = loaded.model, loaded.tokenizer
         app = make_app(model, tokenizer, given.model, measure, limits, os.environ.get(KEY))
     except ValueError as error:
         sys.exit(str(error))
     print(
-        f"{given.model} on {device}: the reward is {measure}; /docs shows how to ask.",
+        f"{given.model} on {model.device}: the reward is {measure}; /docs shows how to ask.",
         flush=True,
     )
     if given.host not in ("127.0.0.1", "localhost", "::1") and not os.environ.get(KEY):
@@ -309,7 +309,7 @@ def main(
 def read_options(arguments: list[str]) -> argparse.Namespace:
     purpose = f"Serve a reward model over HTTP. {KEY} may hold a key that clients must send."
     parser = argparse.ArgumentParser("python -m qr_rlhf.serve", description=purpose)
-    parser.add_argument("model", help="folder or id on the Hub of a reward model")
+    parser.add_argument("model", help="folder or Hub id of a reward model, or of its adapter")
     parser.add_argument("--measure", default="mean", help='such as "cvar 0.2" (mean)')
     parser.add_argument("--host", default="127.0.0.1", help="address to bind (127.0.0.1)")
     parser.add_argument("--port", type=int, default=8000, help="port to bind (8000)")

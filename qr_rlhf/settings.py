@@ -14,11 +14,18 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
+from typing import Any
 
 from transformers import SchedulerType
 
 from .formats import InputError
-from .losses import DistributionalObjective, Objective, PaperObjective, check_choice
+from qr_rlhf.losses import (
+    OBJECTIVES,
+    DistributionalObjective,
+    Objective,
+    PaperObjective,
+    check_choice,
+)
 from .sources import WORKLOADS, name_workload
 
 # %% ../nbs/09_settings.ipynb #cell-6
@@ -104,7 +111,9 @@ class Settings:
 
     n_quantiles: int = setting("quantiles of the quantile model", 10, at_least=1)
     objective: str = setting(
-        "quantile model: paper or distributional", "paper", choices=["paper", "distributional"]
+        "paper, distributional, free, purm, dpl_normal or dpl_categorical (chapter 2)",
+        "paper",
+        choices=[name for name in OBJECTIVES if name != "scalar"],
     )
     family: str = setting("distributional: normal quantiles or free ones", "normal")
     pool: float = setting("distributional, normal: weight of the variance of log s", 0.0)
@@ -125,8 +134,11 @@ class Settings:
         "The quantile model's objective."
         if self.objective == "distributional":
             return DistributionalObjective(self.family, self.pool, self.n_quantiles)
-        options = {f.name: getattr(self, f.name) for f in dataclasses.fields(PaperObjective)}
-        return PaperObjective(**options)
+        if self.objective == "paper":
+            names = [field.name for field in dataclasses.fields(PaperObjective)]
+            return PaperObjective(**{name: getattr(self, name) for name in names})
+        named: Any = OBJECTIVES[self.objective][0]
+        return dataclasses.replace(named, n=self.n_quantiles)
 
 # %% ../nbs/09_settings.ipynb #cell-10
 def check_value(field: dataclasses.Field, value: object):
@@ -173,7 +185,7 @@ def make_settings(
         values["workload"] = name_workload(str(values["data"]))
     return Settings(**{name: read_value(FIELDS[name], value) for name, value in values.items()})
 
-
+# %% ../nbs/09_settings.ipynb #f09-name
 def check_name(
     name: str,  # as somebody wrote it
     known: Iterable[str],  # the names that there are
@@ -215,7 +227,7 @@ def read_list(value: object, kind: type) -> list:
         raise ValueError
     return found
 
-
+# %% ../nbs/09_settings.ipynb #f09-readers
 TRUTH = {"true": True, "1": True, "false": False, "0": False}
 READERS = {
     "str": lambda value: str(value).strip(),

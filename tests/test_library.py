@@ -350,6 +350,11 @@ def test_training_is_taken_up_and_another_one_refused(place, tmp_path, capsys):
     again = train(place / "backbone", PAIRS, tmp_path / "rm", **how)
     assert "rm: taken up, it was finished already" in capsys.readouterr().out
     assert torch.equal(first.model.score.weight, again.model.score.weight)
+    shown = how | dict(disable_tqdm=False, logging_steps=1, run_name="a", save_total_limit=2)
+    train(place / "backbone", PAIRS, tmp_path / "rm", **shown)
+    assert "rm: taken up, it was finished already" in capsys.readouterr().out
+    told = refusal(train, place / "backbone", PAIRS, tmp_path / "rm", **how, weight_decay=0.1)
+    assert "weight_decay was None and is now '0.1'" in told
     told = refusal(train, place / "backbone", PAIRS[:9], tmp_path / "rm", **how)
     assert "holds another training (data_hash was" in told
     told = refusal(train, place / "backbone", PAIRS, tmp_path / "rm", "scalar", **how)

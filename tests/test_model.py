@@ -178,7 +178,7 @@ def test_a_head_of_another_library_is_known_too(backbone, tokenizer, tmp_path):
     [
         (dict(), "has no head yet; say how many quantiles it gets, such as n=10."),
         (dict(n=0), "n: 0 was given"),
-        (dict(n=10, family="gauss"), "family: 'gauss' is unknown; choose normal or free"),
+        (dict(n=10, family="gauss"), "family: 'gauss' is unknown; choose normal, free"),
         (dict(n=10, max_length=65), "is more than the model's 64 positions; give at most 64."),
     ],
 )

@@ -130,5 +130,13 @@ def test_a_finished_run_lends_its_models(demo):
 def test_what_cannot_be_had_is_said(project):
     refused = project.papermill("studies/policy", name="other", objective="best")
     assert "scalar" in error(refused)
-    refused = project.papermill("studies/policy", name="other", runs_of="missing")
-    assert "not finished: missing" in error(refused)
+    old = project.folder / "runs" / "old"
+    old.mkdir()
+    for name in ("results.json", "rewards.parquet"):
+        (old / name).write_text("{}")
+    settings = dict(workload="helpful", data="hh", backbone="gpt2", max_length=64, subsets=None)
+    (old / "settings.json").write_text(json.dumps(settings))
+    refused = project.papermill("studies/policy", name="other", runs_of="old")
+    assert "runs_of: old was made by an earlier version (its settings lack splits)" in error(
+        refused
+    )

@@ -74,9 +74,16 @@ def test_notebook_is_fit_to_commit(path):
     assert {"name", "language", "display_name"} <= set(kernel)  # papermill needs the language
     outputs = [output for cell in read_cells(path) for output in cell["outputs"]]
     assert not [o for o in outputs if o["output_type"] == "error" or o.get("name") == "stderr"]
+    ids = [cell["id"] for cell in json.loads(text)["cells"]]
+    assert len(set(ids)) == len(ids)
     assert path.stat().st_size < 1_500_000
     assert not re.search(r"/(home|root|work|tmp|Users)/", text), "a path of somebody's machine"
-    assert len(HTMLExporter().from_filename(str(path))[0]) > 1000
+    nbformat.validate(nbformat.reads(text, 4))
+
+
+def test_a_notebook_becomes_a_page():
+    page, _ = HTMLExporter().from_filename(str(ROOT / "nbs" / "run.ipynb"))
+    assert "What this run says" in page and "image/png" in page
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

@@ -1,14 +1,20 @@
 "Runs that are killed in each phase, in one process and in two, end as uninterrupted ones."
 
+import errno
+import io
 import os
 import resource
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Event
 
 import pytest
 from conftest import ROOT
 
-from qr_rlhf.resume import sweep, train_to, write_folder, write_whole
+from qr_rlhf.formats import InputError
+from qr_rlhf.resume import find_damage, sweep, train_to, write_folder, write_whole
 from qr_rlhf.runs import open_run
 
 
@@ -54,7 +60,28 @@ def test_a_full_disk_is_one_sentence(tmp_path, full_disk, write):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
+@pytest.fixture
+def read_only(tmp_path, monkeypatch):
+    "A folder in which nothing can be made. No right stops root, who gets the same errors."
+    if os.geteuid():
+        tmp_path.chmod(0o500)
+        yield tmp_path
+        tmp_path.chmod(0o700)
+        return
+
+    def refusing(call):
+        def refused(path, *args, **kwargs):
+            if Path(path).is_relative_to(tmp_path):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+            return call(path, *args, **kwargs)
+
+        return refused
+
+    for module, name in ((os, "mkdir"), (os, "open"), (io, "open")):
+        monkeypatch.setattr(module, name, refusing(getattr(module, name)))
+    yield tmp_path
+
+
 @pytest.mark.parametrize(
     "write",
     [
@@ -65,15 +92,32 @@ def test_a_full_disk_is_one_sentence(tmp_path, full_disk, write):
     ],
     ids=["file", "folder", "run", "training"],
 )
-def test_a_folder_that_is_read_only_is_one_sentence(tmp_path, write):
-    tmp_path.chmod(0o500)
-    try:
-        with pytest.raises(
-            OSError, match=r"nothing can be written there \(Permission denied\)"
-        ):
-            write(tmp_path)
-    finally:
-        tmp_path.chmod(0o700)
+def test_a_folder_that_is_read_only_is_one_sentence(read_only, write):
+    with pytest.raises(OSError, match=r"nothing can be written there \(Permission denied\)"):
+        write(read_only)
+
+
+def test_a_folder_is_written_by_one_at_a_time(tmp_path):
+    "As where two trainings are started at once that merge the same adapter."
+    folder, begun, go_on = tmp_path / "merged", Event(), Event()
+
+    def slowly(place):
+        place.mkdir()
+        (place / "half").write_text("x")
+        begun.set()
+        assert go_on.wait(60)
+        (place / "other half").write_text("y")
+
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(write_folder, folder, slowly)
+        assert begun.wait(60)
+        with pytest.raises(InputError, match="merged.working: another process is working here"):
+            write_folder(folder, slowly)
+        go_on.set()
+        first.result()
+    write_folder(folder, no_trainer)  # it is taken up
+    assert not find_damage(folder) and (folder / "other half").read_text() == "y"
+    assert [path.name for path in tmp_path.iterdir()] == ["merged"]
 
 
 def test_leftovers_and_nothing_else_are_swept(tmp_path):

@@ -131,7 +131,7 @@ def test_other_settings_are_refused(demo):
 def test_a_run_that_is_held_is_refused(project):
     lock = open_run(project.folder / "runs" / "held", dict(any=1))
     held = project.papermill("run", workload="harmless", name="held", **SMALL)
-    assert "another process is working on this run" in error(held)
+    assert "held: another process is working here" in error(held)
     lock.release()
 
 
@@ -272,7 +272,7 @@ def test_unknown_values_are_one_sentence(project):
     assert "choose one of helpful, harmless" in workload
     parameters = dict(workload="helpful", name="other", objective="both")
     objective = error(project.papermill("run", **parameters))
-    assert "choose one of paper, distributional" in objective
+    assert "choose one of paper, free, distributional, purm" in objective
 
 
 def test_a_bad_file_is_one_sentence(project):

@@ -26,7 +26,7 @@ from serving import (
 )
 from transformers import GPT2Config, pipeline
 
-from qr_rlhf import serve
+from qr_rlhf import load, serve
 from qr_rlhf.batches import Scorer, encode_text, length_batches
 from qr_rlhf.export import ending_tokenizer, text_ends
 from qr_rlhf.model import (
@@ -319,6 +319,20 @@ def test_the_command_says_what_it_cannot_serve(saved, tmp_path):
         with pytest.raises(SystemExit) as refusal:
             serve.main(given)
         assert words in refusal.value.code and refusal.value.code.endswith(".")
+
+
+def test_the_command_serves_an_adapter(saved, tmp_path, monkeypatch):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(task_type="SEQ_CLS", r=2, init_lora_weights=False)
+    peft.get_peft_model(copy.deepcopy(saved[1]), config).save_pretrained(tmp_path)
+    served = []
+    monkeypatch.setattr(serve.uvicorn, "run", lambda app, **options: served.append(app))
+    serve.main([str(tmp_path)])
+    (answer,) = ask(served[0], ("/get_reward", dict(query=[TEXT])))
+    adapted = load(tmp_path, device="cpu").score("Why?", ["No."]).mean().item()
+    assert answer.json()["rewards"] == [pytest.approx(adapted, abs=1e-5)]
+    plain = score(saved[1], saved[2], "Why?", ["No."]).mean().item()
+    assert abs(plain - adapted) > 1e-3
 
 
 def test_batches_hold_every_sequence_once():

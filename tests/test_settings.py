@@ -85,7 +85,7 @@ def test_a_value_that_is_none_is_refused_by_name(name, given):
         (dict(lora_rank=0), "lora_rank: 0 is too small; the least is 1."),
         (dict(target="labels"), "choose one of label, shift, own, none."),
         (dict(link="x"), "choose one of mean, distributional."),
-        (dict(objective="both"), "choose one of paper, distributional."),
+        (dict(objective="both"), "choose one of paper, free, distributional, purm"),
         (dict(objective="distributional", family="x"), "choose one of normal, free."),
         (dict(objective="distributional", pool=-1), "pool: -1.0 was given"),
         (dict(kappa=-1), "neither may be negative"),
@@ -151,7 +151,7 @@ def test_a_folder_is_held_by_one_process_and_belongs_to_its_settings(tmp_path):
     env = os.environ | dict(PYTHONPATH=str(ROOT))
     command = [sys.executable, "-c", start]
     other = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert "run: another process is working on this run" in other.stderr
+    assert "run: another process is working here" in other.stderr
     lock.release(force=True)
     open_run(run, settings | dict(lr=0.2)).release()  # nothing was made yet
     assert json.loads((run / "settings.json").read_text())["lr"] == 0.2

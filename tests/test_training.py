@@ -164,7 +164,7 @@ def test_processes_that_would_train_alone_are_stopped(make, tmp_path, monkeypatc
 def test_two_trainings_do_not_share_a_folder(make, tmp_path, monkeypatch):
     with hold(tmp_path / "rm.working"):
         told = refusal(train_to, tmp_path / "rm", lambda work: make(n=1, folder=work))
-        assert "rm.working: another process trains here" in told
+        assert "rm.working: another process is working here" in told
         monkeypatch.setenv("RANK", "1")  # the first process holds the folder for all
         with hold(tmp_path / "rm.working"):
             pass
