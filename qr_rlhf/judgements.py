@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['MOST', 'find_values', 'nearest', 'number_ratings', 'number_parts', 'is_grouped',
            'as_pairs', 'compared_pairs', 'rated_pairs', 'count_groups', 'say_size',
-           'size_rows', 'group_results', 'advise', 'load_parts', 'as_dialogues']
+           'size_rows', 'group_results', 'advise', 'say_read', 'say_dropped',
+           'load_parts', 'as_dialogues']
 
 # %% ../nbs/33_judgements.ipynb #cell-3
 from collections.abc import Iterator
@@ -194,6 +195,22 @@ def advise(
         "Ratings tell how much people differ about a response. The objective distributional is "
         f"made to learn that (-p objective distributional); this one is {objective}."
     )
+
+# %% ../nbs/33_judgements.ipynb #cell-say-read
+def say_read(
+    table: Dataset,  # pairs or groups, as read
+    dropped: dict[str, int],  # reason → how many rows
+) -> None:
+    "Print what a source holds that can't be used, and how much there is of groups."
+    say_dropped(dropped)
+    if is_grouped(table):
+        print(f"read: {say_size(table)}")
+
+
+def say_dropped(dropped: dict[str, int]) -> None:
+    if dropped:
+        reasons = ", ".join(f"{n} {reason}" for reason, n in dropped.items())
+        print(f"pairs that can't be used: {reasons}")
 
 # %% ../nbs/33_judgements.ipynb #api31-load
 def load_parts(

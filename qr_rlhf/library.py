@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TOLD', 'SHOWING', 'RewardModel', 'measure', 'load', 'check_trained', 'train',
-           'read_objective', 'read_parts', 'read_all', 'encode', 'say_dropped',
-           'plan', 'main_process_first', 'deciding', 'check_output']
+           'read_objective', 'read_parts', 'read_all', 'encode', 'plan',
+           'main_process_first', 'deciding', 'check_output']
 
 # %% ../nbs/21_library.ipynb #cell-3
 import dataclasses
@@ -26,7 +26,7 @@ from .backbones import load_tokenizer, local_or_hub
 from .chat import length_limit
 from .data import data_hash, encode_pairs, load_pairs, split_validation
 from .formats import InputError
-from .judgements import as_pairs, is_grouped, number_parts, say_size
+from .judgements import as_pairs, number_parts, say_dropped, say_read
 from qr_rlhf.large import (
     adapter_tokenizer,
     is_adapter,
@@ -287,9 +287,7 @@ def read_parts(pairs: object, validation: object) -> tuple[Dataset, Dataset | No
 def read_all(pairs: object, split: str) -> Dataset:
     "All pairs of a source, or of its split; says how many rows were dropped, and why."
     table, dropped = load_pairs(pairs, split=split, hold_out=False, groups=True)
-    say_dropped(dropped)
-    if is_grouped(table):
-        print(f"read: {say_size(table)}")
+    say_read(table, dropped)
     return table
 
 # %% ../nbs/21_library.ipynb #f21-encode
@@ -298,12 +296,6 @@ def encode(table: Dataset, tokenizer, max_length: int) -> Dataset:
     encoded, dropped = encode_pairs(table, tokenizer, max_length)
     say_dropped(dropped)
     return encoded
-
-
-def say_dropped(dropped: dict[str, int]) -> None:
-    if dropped:
-        reasons = ", ".join(f"{n} {reason}" for reason, n in dropped.items())
-        print(f"pairs that can't be used: {reasons}")
 
 # %% ../nbs/21_library.ipynb #cell-14
 def plan(

@@ -78,7 +78,7 @@ class RatedLearners(Learners):
         for nets in self.nets.values():
             nets.scale = RatingScale(categories, learn_noise, shape=(seeds,))
 
-    def losses(
+    def losses(  # type: ignore[override]  # batches of `RatedRows` have ratings, no shares
         self,
         x: torch.Tensor,  # pairs `[seeds, n, 2, features]`, chosen first
         rated: torch.Tensor,  # responses with a rating each `[seeds, m, features]`
