@@ -209,26 +209,3 @@ def test_bounds_study(demo):
     assert set(results["run"]) == {"laplace"}  # this run has one seed
     trained = demo.results("harmless")["models"]["scalar"]["accuracy"]
     assert abs(results["run"]["laplace"]["accuracy"] - trained) < 1e-6
-
-
-def test_what_text_teaches_by_votes_and_ratings(project):
-    small = dict(n_prompts=60, n_eval=24, epochs=1, seeds="3,4", shares=0.5)
-    project.run("studies/collect_text", check=False, **small)
-    results = project.results("collect_text")
-    models = results["models"]
-    assert set(models) == {
-        "votes, one judge",
-        "votes, a judge each",
-        "half and half",
-        "ratings",
-    }
-    assert set(models["ratings"]) == {"distributional", "scalar"}
-    assert all(0 < value < 1 for value in models["ratings"]["scalar"]["accuracy"])
-    assert set(results["curve"]) == {"120", "240"}
-    whole = models["ratings"]["distributional"]["spread_correlation"]
-    assert results["curve"]["240"] == whole and len(whole) == 2
-    assert len(results["differences"]["accuracy"]) == 3
-    for figure in ("recipes", "ranges", "curve"):
-        assert (
-            project.folder / "runs" / "collect_text" / f"{figure}.png"
-        ).stat().st_size > 1000
