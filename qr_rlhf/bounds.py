@@ -118,7 +118,7 @@ def bound_error(
     bounds: Bounds,  # of chosen minus rejected
     weights: np.ndarray,  # of the pairs
     bins: int = 20,  # of equal width on [0, 1]
-    both_ways: bool = False,  # whether to win more often than forecast costs, too
+    both_ways: bool = False,  # whether winning more often than forecast costs, too
 ) -> float:  # between 0 and 1
     "By how much responses win less often than their lower probability says."
     lowest = expit(np.concatenate([bounds.low, -bounds.high]))  # of chosen, of rejected
@@ -165,7 +165,7 @@ def best_precision(
     information: torch.Tensor,  # of the votes on the weights, `[weights, weights]`
     weights: torch.Tensor,  # trained
 ) -> float:
-    "The prior's precision of largest marginal likelihood."
+    "The prior's precision with the largest marginal likelihood."
     known = torch.linalg.eigvalsh(information).clamp(min=0).numpy()
     size = float((weights**2).sum())
 
@@ -179,7 +179,7 @@ def best_precision(
 # %% ../nbs/32_bounds.ipynb #cell-27
 @dataclass(frozen=True)
 class Laplace:
-    "A normal posterior of the last layer's weights; what it says is epistemic."
+    "A normal posterior of the last layer's weights; its deviations are epistemic."
 
     objective: Objective  # that the model was trained with
     weights: torch.Tensor  # trained, `[outputs, d]`

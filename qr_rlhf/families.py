@@ -27,7 +27,7 @@ from qr_rlhf.synthetic import (
 
 # %% ../nbs/28_families.ipynb #cell-6
 class VotedWorld:
-    "A world of features with votes: how they are drawn."
+    "What all worlds of this chapter share: how votes are drawn."
 
     dependence: float  # probability that one person judges both responses
 
@@ -107,7 +107,7 @@ def scale_cost(
     truth: Truth,  # reward distributions of responses that meet each other, `[n, groups]`
     factor: float = 0.5,  # by which all standard deviations are multiplied
 ) -> float:  # log-loss above that of the truth, in nats a vote
-    "What a wrong scale of spread costs at least, with the best means for it."
+    "What a wrong scale of spread costs at least, when the means adapt to it."
     mean, log_s = (torch.tensor(part) for part in (truth.mean(), np.log(truth.sd())))
     first, second = np.triu_indices(len(mean), 1)
 

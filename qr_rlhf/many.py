@@ -32,7 +32,7 @@ GROUP_COLUMNS = ["prompt_ids", "response_ids", "first", "second", "share", "rate
 
 def has_groups(
     table: Dataset | None,  # encoded
-) -> bool:  # or else it holds pairs
+) -> bool:  # False: it holds pairs
     "Whether each row of a table is a prompt with several responses."
     return table is not None and "response_ids" in table.column_names
 
@@ -133,7 +133,7 @@ def make_scale(
     config,  # of a reward model
     *tables: Dataset | None,  # encoded pairs or groups: trained on, validated on
 ) -> RatingScale | None:  # None where there are no ratings
-    "A scale for the ratings of some tables, the model's own if it has one."
+    "A scale for the ratings of some tables: the model's own, if it has one."
     groups = [table for table in tables if has_groups(table)]
     ratings = [rating for table in groups for row in table["rating"] for rating in row]
     if not ratings:
@@ -205,7 +205,7 @@ def scale_inside(
 def scale_aside(
     model: PreTrainedModel,  # a reward model, with a scale inside or without
 ):
-    "Within this context it is the stock model, as it is saved and loaded."
+    "Within this context the model is a stock one, as it is saved and loaded."
     scale = model._modules.pop("rating_scale", None)
     try:
         yield
@@ -215,7 +215,7 @@ def scale_aside(
 
 # %% ../nbs/30_many.ipynb #cell-39
 SCALE_FILE = "rating_scale.safetensors"
-SCALE_RATE = 0.01  # least peak learning rate of thresholds and noise
+SCALE_RATE = 0.01  # lowest peak learning rate of thresholds and noise
 
 
 class ScaleTrainer(Trainer):

@@ -72,7 +72,7 @@ class RatedLearners(Learners):
         seeds: int,  # number of seeds
         features: int,  # length of a response
         categories: int,  # of a rating, C
-        learn_noise: bool,  # where there are votes
+        learn_noise: bool,  # whether noise is learnt, which needs votes
     ):
         super().__init__(objectives, seeds, features)
         for nets in self.nets.values():
@@ -83,7 +83,7 @@ class RatedLearners(Learners):
         x: torch.Tensor,  # pairs `[seeds, n, 2, features]`, chosen first
         rated: torch.Tensor,  # responses with a rating each `[seeds, m, features]`
         rating: torch.Tensor,  # their categories `[seeds, m]`
-        pooled: bool = True,  # with what an objective asks of a whole batch
+        pooled: bool = True,  # whether to add the objective's penalty on the batch
     ) -> dict[str, torch.Tensor]:  # name → `[seeds, 1]`
         "Each network's mean loss over votes and ratings."
         votes, ratings, losses = self(x), self(rated[:, :, None]), {}

@@ -19,8 +19,8 @@ class RatingScale(torch.nn.Module):
 
     Args:
         categories: How many, C; at least two.
-        learn_noise: Whether its width is learnt: with votes. Without them it stays 1.
-        shape: Of many scales side by side, as the first dimensions of quantiles.
+        learn_noise: Whether the width of the noise is learnt, which needs votes; else it is 1.
+        shape: Of many scales side by side: the first dimensions of their quantiles.
     """
 
     def __init__(self, categories: int, learn_noise: bool = True, shape: tuple = ()):
@@ -31,7 +31,7 @@ class RatingScale(torch.nn.Module):
         self.log_noise = torch.nn.Parameter(torch.zeros(shape), requires_grad=learn_noise)
 
     def thresholds(self) -> torch.Tensor:
-        "In increasing order, `[*shape, C-1]`."
+        "The thresholds in increasing order, `[*shape, C-1]`."
         return self.first[..., None] + pad(self.log_gaps.exp().cumsum(-1), (1, 0))
 
     def log_probabilities(
@@ -63,7 +63,7 @@ def align(
     values: torch.Tensor,  # `[*shape, n]`
     like: torch.Tensor,  # `[*shape, ..., N, 1]`
 ) -> torch.Tensor:  # `[*shape, 1, …, 1, n]`, with as many dimensions as `like`
-    "Give the values of each scale the dimensions over which it is shared."
+    "Reshape the values of each scale so that they broadcast over all of its quantiles."
     shape, shared = values.shape[:-1], (1,) * (like.dim() - values.dim())
     return values.reshape(*shape, *shared, values.shape[-1])
 
