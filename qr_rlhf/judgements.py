@@ -72,7 +72,9 @@ def number_parts(
     train, values = number_ratings(train)
     if valid is None or not is_grouped(valid):
         return train, valid, values
-    return train, number_ratings(valid, values)[0] if values else as_pairs(valid), values
+    if values or not any(valid["rated"]):
+        return train, number_ratings(valid, values)[0], values
+    return train, as_pairs(valid), values
 
 
 def is_grouped(table: Dataset) -> bool:
@@ -160,10 +162,11 @@ def size_rows(
 ) -> dict[str, str]:  # of a table that a reader sees
     "How much there is to train on."
     ends = {"to train on": train, "to choose checkpoints by": valid}
-    if not is_grouped(train):
-        return {f"pairs {end}": f"{len(table):,}" for end, table in ends.items()}
     found = {}
     for end, table in ends.items():
+        if not is_grouped(table):
+            found[f"pairs {end}"] = f"{len(table):,}"
+            continue
         counts = count_groups(table)
         raters = counts.pop("raters")
         found |= {f"{name} {end}": f"{count:,}" for name, count in counts.items()}

@@ -37,6 +37,7 @@ from qr_rlhf.large import (
     trainable_model,
 )
 from .losses import OBJECTIVES, Objective, check_choice
+from .many import set_values
 from qr_rlhf.model import (
     RewardDistribution,
     load_reward_model,
@@ -227,9 +228,8 @@ def train(
         tables = read_parts(pairs, validation)
     tokenizer, config = load_tokenizer(start), local_or_hub(AutoConfig.from_pretrained, start)
     limit = max_length or min(1024, length_limit(config))
-    *parts, values = number_parts(
-        *(table and encode(table, tokenizer, limit) for table in tables)
-    )
+    *numbered, values = number_parts(*tables)
+    parts = [table and encode(table, tokenizer, limit) for table in numbered]
     head = dict(n=n, family=getattr(objective, "family", None), max_length=limit)
     how = dict(seed=seed, precision=precision)
     rates = dict(epochs=epochs, batch_size=batch_size, learning_rate=learning_rate)
@@ -243,8 +243,7 @@ def train(
     def make(work):
         write_json(work / TOLD, told)
         model = trainable_model(start, tokenizer, **head, **how, lora_rank=lora_rank)
-        if values:
-            model.config.rating_values = values
+        set_values(model.config, values)
         evaluations = 10 if parts[1] else 0
         given = dict(evaluations=evaluations) | plan(len(parts[0]), **rates, **kwargs)
         arguments = training_arguments(work, **how, **(given | kwargs))

@@ -6,8 +6,9 @@
 __all__ = ['GROUP_COLUMNS', 'JUDGED', 'SCALE_FILE', 'SCALE_RATE', 'has_groups', 'group_batch',
            'judgements', 'mixed_batch', 'judgement_losses', 'compared_outputs',
            'check_scale', 'group_loss', 'make_scale', 'read_scale', 'set_scale',
-           'check_ratings', 'scale_inside', 'scale_aside', 'ScaleTrainer', 'set_rate',
-           'write_scale', 'check_whole', 'row_sums', 'group_metrics']
+           'set_values', 'check_ratings', 'scale_inside', 'scale_aside',
+           'ScaleTrainer', 'set_rate', 'write_scale', 'check_whole', 'row_sums',
+           'group_metrics']
 
 # %% ../nbs/30_many.ipynb #cell-3
 import math
@@ -170,6 +171,16 @@ def set_scale(scale: RatingScale, thresholds, noise: float = 1.0) -> RatingScale
     return scale
 
 
+def set_values(
+    config,  # of a reward model
+    values: list[float] | tuple,  # that the categories of ratings stand for; empty: no ratings
+) -> None:
+    "Write down what categories stand for; thresholds that were learnt for others go."
+    given = list(values) or None
+    if getattr(config, "rating_values", None) != given:
+        config.rating_values, config.rating_thresholds = given, None
+
+
 def check_ratings(ratings: list[int], categories: int):
     wrong = [rating for rating in ratings if rating not in range(categories)]
     if wrong:
@@ -292,9 +303,11 @@ def row_sums(
     "What each row of a batch adds to an evaluation."
     votes, ratings = judgement_losses(objective, scale, outputs, judged)
     margin = -objective.quantiles(compared_outputs(outputs, judged)).mean(-1).diff(dim=1)[:, 0]
-    won = ((margin > 0).float() + (margin >= 0).float()) / 2
     one, none = torch.ones_like(margin), torch.zeros_like(ratings)
-    of_votes = torch.stack([votes, one, one, won, margin], 1)
+    most = (judged.get("share", one) - 0.5).sign()  # 1: preferred the first; 0: divided equally
+    margin, decided = most * margin, most.abs()
+    won = decided * ((margin > 0).float() + (margin >= 0).float()) / 2
+    of_votes = torch.stack([votes, one, decided, won, margin], 1)
     of_ratings = torch.stack([ratings, torch.ones_like(ratings), none, none, none], 1)
     row = torch.cat([judged["row_of_first"], judged["row_of_rated"]])
     sums = torch.zeros(int(row.max()) + 1, 5, device=outputs.device)

@@ -328,6 +328,8 @@ def to_scalar(
     head.out_features = model.num_labels = model.config.num_labels = 1
     describe_outputs(model.config, quantile_levels(1), family=None)
     model.config.quantile_link = "mean"
+    for name in ("rating_values", "rating_thresholds", "rating_noise"):
+        vars(model.config).pop(name, None)  # they belong to the quantiles
     return model
 
 # %% ../nbs/01_model.ipynb #cell-69
@@ -338,9 +340,8 @@ def output_weights(config, weights):
         return [1.0, 0.0] if family == "normal" else [1 / n] * n
     if family:
         raise InputError(
-            f"weights: outputs of the family {family!r} are not quantiles themselves, so only "
-            "the mean can be folded (of categorical not even that); leave weights out, or use "
-            "reward_function."
+            f"measure: outputs of the family {family!r} are not quantiles themselves, so only "
+            "the mean can be folded (of categorical not even that); use reward_function."
         )
     if len(weights) != n:
         raise InputError(f"weights: {len(weights)} were given for {n} outputs; give {n}.")

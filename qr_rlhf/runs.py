@@ -32,6 +32,7 @@ from .data import data_hash, encode_pairs, split_validation
 from .formats import InputError
 from .judgements import load_parts, number_parts
 from .large import keep_adapter, plain_backbone, trainable_model
+from .many import set_values
 from .model import load_tokenizer
 from qr_rlhf.resume import (
     find_changes,
@@ -169,8 +170,7 @@ def reward_trainer(
     how = {name: getattr(settings, name) for name in same}
     family = getattr(objective, "family", None)
     loaded = trainable_model(start, tokenizer, n, seed, family=family, **how)
-    if rating_values:
-        loaded.config.rating_values = rating_values
+    set_values(loaded.config, rating_values)
     rate, epochs, pairs = settings.learning_rate, settings.epochs, len(train)
     arguments = run_arguments(work, settings, pairs, epochs, seed=seed, learning_rate=rate)
     data = dict(train_dataset=train, eval_dataset=valid, processing_class=tokenizer)
@@ -212,7 +212,8 @@ def launch(
             lock = open_run(folder, dataclasses.asdict(settings) | also)
         start = plain_backbone(from_root(settings.backbone), folder / "backbone")
     tokenizer = load_tokenizer(start)
-    train, valid, values = number_parts(*encode_parts(pairs, tokenizer, settings))
+    *tables, values = number_parts(*split_validation(pairs))
+    train, valid = (encode_pairs(part, tokenizer, settings.max_length)[0] for part in tables)
     parts = dict(settings=settings, start=start, tokenizer=tokenizer, train=train, valid=valid)
     parts |= dict(rating_values=values)
     finish = [keep_adapter] if settings.lora_rank else []

@@ -427,6 +427,29 @@ def test_the_library_trains_on_groups(backbone, tmp_path, capsys):
     assert "rm: taken up, it was finished already" in capsys.readouterr().out
 
 
+def test_rankings_without_ratings_are_enough(backbone, tmp_path):
+    rows = [
+        dict(prompt=f"Say {i}.", responses=["One.", "Two.", "Three."], ranking=[1, 2, 2])
+        for i in range(30)
+    ]
+    how = dict(max_steps=2, batch_size=4, evaluations=1, disable_tqdm=True)
+    model = train(backbone, rows, tmp_path / "rm", "scalar", **how)
+    assert model.evaluate(rows)["pairs"] == 60  # ties are left out
+    pairs = [dict(prompt=f"Say {i}.", chosen="One.", rejected="Two.") for i in range(8)]
+    validated = train(backbone, pairs, tmp_path / "other", validation=rows, **how)
+    assert getattr(validated.model.config, "rating_values", None) is None
+
+
+def test_thresholds_of_other_ratings_are_not_taken_over(backbone, tmp_path):
+    how = dict(max_steps=2, batch_size=4, evaluations=1, disable_tqdm=True)
+    stars = [row for row in mixed_rows(60, 30) if "rating" in row]
+    liked = [row | dict(rating=int(row["rating"] > 3)) for row in stars]
+    train(backbone, stars, tmp_path / "stars", "distributional", **how)
+    model = train(tmp_path / "stars", liked, tmp_path / "two", "distributional", **how)
+    assert model.model.config.rating_values == [0, 1]
+    assert len(model.model.config.rating_thresholds) == 1
+
+
 def test_ratings_alone_are_enough(backbone, tmp_path):
     rated = [row for row in mixed_rows(60, 30) if "rating" in row]
     how = dict(max_steps=2, batch_size=4, evaluations=1, disable_tqdm=True)

@@ -117,6 +117,16 @@ def test_an_evaluation_does_not_hang_on_its_batches(make, groups, tmp_path):
     assert "eval_accuracy" not in trainer.evaluate(groups(NO_VOTES | STARS))
 
 
+def test_accuracy_is_agreement_with_most_of_the_votes(make, groups, tmp_path):
+    table = groups(VOTES | STARS)
+    accuracy = []
+    for share in (0.75, 0.25, 0.5):
+        valid = groups(NO_STARS | dict(first=[0], second=[1], share=[share]))
+        accuracy.append(make(tmp_path, table, valid).evaluate().get("eval_accuracy"))
+    assert accuracy[0] + accuracy[1] == pytest.approx(1)
+    assert accuracy[2] is None  # nobody preferred either
+
+
 @pytest.mark.parametrize("judged", [NO_VOTES | STARS, VOTES | STARS], ids=["alone", "votes"])
 def test_a_finished_checkpoint_is_stock_and_knows_its_scale(make, groups, tmp_path, judged):
     table = groups(judged)

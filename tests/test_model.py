@@ -272,7 +272,7 @@ def test_distributions_refuse_what_they_cannot_read():
 def test_weights_fit_the_outputs(backbone, tokenizer, model):
     assert "give 10" in refusal(to_scalar, model, [1, 2])
     normal = load_reward_model(backbone, tokenizer, 10, family="normal")
-    assert "leave weights out" in refusal(to_scalar, normal, cvar_weights(2, 0.5))
+    assert "only the mean can be folded" in refusal(to_scalar, normal, cvar_weights(2, 0.5))
 
 
 def test_score_refuses_what_does_not_fit(tokenizer, model):

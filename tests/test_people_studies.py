@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 from conftest import ROOT, error
 
+from qr_rlhf.formats import InputError
 from qr_rlhf.sources import root_path
 
 TINY = dict(
@@ -60,6 +61,7 @@ READERS = (
 def load_votes():
     "The function of the notebook, with the functions that it calls."
     known = dict(json=json, gzip=gzip, Counter=Counter, pd=pd, root_path=root_path)
+    known |= dict(InputError=InputError)
     for cell in json.loads((ROOT / "nbs" / "studies" / "people.ipynb").read_text())["cells"]:
         source = "".join(cell["source"])
         if cell["cell_type"] == "code" and "%config" not in source:
