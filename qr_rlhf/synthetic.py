@@ -7,7 +7,8 @@ __all__ = ['GROUPS', 'WEIGHTS', 'TASTES', 'OWNERSHIP', 'SEVERITY', 'UNKNOWN', 'J
            'NODE_WEIGHTS', 'SIDES', 'SHAPES', 'WITHIN', 'MOST', 'Truth',
            'mixture_quantiles', 'check_levels', 'taste_of', 'truth', 'group_means',
            'win_probability', 'check_choice', 'World', 'check_rows', 'truths',
-           'VectorWorld', 'FeatureWorld', 'random_function', 'RandomWorld']
+           'VectorWorld', 'FeatureWorld', 'random_function', 'random_truth',
+           'RandomWorld']
 
 # %% ../nbs/06_synthetic.ipynb #cell-3
 import random
@@ -289,11 +290,8 @@ class FeatureWorld(VectorWorld):
     def __post_init__(self):
         check_choice("shape", self.shape, tuple(SHAPES))
 
-    def truth(
-        self,
-        x: np.ndarray,  # responses, `[..., 8]`
-    ) -> Truth:  # `[..., groups]` each
-        "Reward distributions of responses."
+    def truth(self, x: np.ndarray) -> Truth:
+        "Reward distributions of responses `[..., 8]`."
         x = np.asarray(x, float)
         mean = 1.2 * x[..., 0] + 0.8 * np.sin(2 * x[..., 1]) + 0.6 * x[..., 2] * x[..., 3]
         division = MOST * expit(1.5 * x[..., 4] + x[..., 5] - 0.5 * x[..., 0])
@@ -306,9 +304,10 @@ class FeatureWorld(VectorWorld):
 # %% ../nbs/06_synthetic.ipynb #cell-56
 def random_function(
     rng: np.random.Generator,
-) -> Callable[[np.ndarray], np.ndarray]:  # responses `[..., 8]` to numbers `[...]`
+    features: int = 8,  # length of its argument
+) -> Callable[[np.ndarray], np.ndarray]:  # `[..., features]` to numbers `[...]`
     "A smooth function with mean 0 and standard deviation 1, roughly, over all responses."
-    directions = rng.normal(size=(8, 3))
+    directions = rng.normal(size=(features, 3))
     directions /= np.linalg.norm(directions, axis=0)
     phases = rng.uniform(0, 2 * np.pi, size=2)
 
@@ -320,6 +319,23 @@ def random_function(
     return value
 
 # %% ../nbs/06_synthetic.ipynb #cell-59
+def random_truth(
+    seed: int,  # which world
+    x: np.ndarray,  # responses, `[..., 8]`: of them the mean is a function
+    features: np.ndarray,  # of them division and shape are functions, `[..., k]`
+) -> Truth:  # `[..., 3]` each
+    "Reward distributions of responses in a random world: three groups of equal size."
+    rng = np.random.default_rng([seed, 6])
+    size, steepness, within = rng.uniform([1, 1, 0.3], [2, 2, 0.6])
+    turn = rng.uniform(0, 2 * np.pi)
+    parts = (np.asarray(part, float) for part in (x, features, features))
+    mean, division, angle = (random_function(rng, k.shape[-1])(k)[..., None] for k in parts)
+    division = MOST * expit(steepness * division)
+    angles = angle + turn + 2 * np.pi * np.arange(3) / 3
+    means = size * mean + division * np.sqrt(2) * np.cos(angles)
+    return Truth(np.full_like(means, 1 / 3), means, np.full_like(means, within))
+
+
 @dataclass(frozen=True)
 class RandomWorld(VectorWorld):
     "A world with random functions for mean, division and shape of a response's rewards."
@@ -327,16 +343,6 @@ class RandomWorld(VectorWorld):
     seed: int = 0  # which world
     judges: str = "independent"  # an annotator for each response; or `same`: one rates both
 
-    def truth(
-        self,
-        x: np.ndarray,  # responses, `[..., 8]`
-    ) -> Truth:  # `[..., groups]` each
-        "Reward distributions of responses."
-        x, rng = np.asarray(x, float), np.random.default_rng([self.seed, 6])
-        size, steepness, within = rng.uniform([1, 1, 0.3], [2, 2, 0.6])
-        turn = rng.uniform(0, 2 * np.pi)
-        mean, division, angle = (random_function(rng)(x)[..., None] for _ in range(3))
-        division = MOST * expit(steepness * division)
-        angles = angle + turn + 2 * np.pi * np.arange(3) / 3
-        means = size * mean + division * np.sqrt(2) * np.cos(angles)
-        return Truth(np.full_like(means, 1 / 3), means, np.full_like(means, within))
+    def truth(self, x: np.ndarray) -> Truth:
+        "Reward distributions of responses `[..., 8]`."
+        return random_truth(self.seed, x, x)
