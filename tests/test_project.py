@@ -13,9 +13,9 @@ from conftest import ROOT
 from nbclient import NotebookClient
 from nbconvert import HTMLExporter
 
-ORDER = """formats chat sources backbones data packing model ratings losses resume training analysis
-figures grammar synthetic uncertainty large settings runs export policy batches serve library
-pipeline experiments rated families studies""".split()
+ORDER = """formats chat sources backbones data packing model ratings losses resume training
+analysis figures grammar synthetic uncertainty large settings runs export policy batches serve
+library pipeline experiments rated families studies""".split()
 SHOWN = ["index", "run", "report"]
 NOTEBOOKS = [
     *sorted((ROOT / "nbs").glob("*.ipynb")),
