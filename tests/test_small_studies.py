@@ -60,7 +60,8 @@ COLLECT = dict(
 def test_what_is_collected_costs_what_it_should(project):
     project.run("studies/collect", check=False, rating_cost=2, **COLLECT)
     bought = pd.DataFrame(project.results("collect")["bought"])
-    assert set(bought.objective) == {"scalar", "distributional"}
+    assert set(bought.objective) == {"scalar", "distributional", "means only"}
+    assert (bought.votes * bought.ratings > 0)[bought.objective == "means only"].all()
     cost = bought.votes + 2 * bought.ratings
     at_equal_cost = cost.isin([300, 600]) & (bought.anchors == "true")
     with_ratings = bought.one_judge & bought.votes.eq(400) & bought.categories.eq(5)
@@ -68,7 +69,7 @@ def test_what_is_collected_costs_what_it_should(project):
         at_equal_cost | with_ratings | (bought.anchors != "true") | cost.isin([100, 800])
     ).all()
     mixed = bought[at_equal_cost & (bought.votes > 0) & (bought.ratings > 0)]
-    assert (mixed.votes == 2 * mixed.ratings).all() and len(mixed) == 16
+    assert (mixed.votes == 2 * mixed.ratings).all() and len(mixed) == 24
     assert set(bought[bought.anchors != "true"].anchors) == {"noisy", "a model's"}
     for what in ("mean_correlation", "spread_correlation", "scale_ratio", "shape", "gap"):
         assert np.isfinite(np.stack(bought[what])).all() and len(bought[what][0]) == 2
