@@ -90,7 +90,7 @@ class RatedLearners(Learners):
         for nets in self.nets.values():
             nets.scale = RatingScale(categories, learn_noise, shape=(seeds,))
 
-    def losses(
+    def losses(  # type: ignore[override]  # rows of another kind
         self,
         x: torch.Tensor,  # pairs `[seeds, n, 2, features]`, chosen first
         rated: torch.Tensor,  # responses with a rating each `[seeds, m, features]`
