@@ -209,3 +209,38 @@ def test_bounds_study(demo):
     assert set(results["run"]) == {"laplace"}  # this run has one seed
     trained = demo.results("harmless")["models"]["scalar"]["accuracy"]
     assert abs(results["run"]["laplace"]["accuracy"] - trained) < 1e-6
+
+
+COLLECT = dict(
+    worlds="10,11",
+    budgets="300",
+    votes_there=400,
+    added="0,50",
+    anchors=200,
+    tuning_worlds="0",
+    tuning_budget=300,
+    rates="0.03",
+    decays="0.3",
+    n_test=100,
+    epochs=1,
+)
+
+
+def test_what_is_collected_costs_what_it_should(project):
+    project.run("studies/collect", check=False, rating_cost=2, **COLLECT)
+    bought = pd.DataFrame(project.results("collect")["bought"])
+    assert set(bought.objective) == {"scalar", "distributional", "means only"}
+    assert (bought.votes * bought.ratings > 0)[bought.objective == "means only"].all()
+    cost = bought.votes + 2 * bought.ratings
+    at_equal_cost = (cost == 300) & (bought.anchors == "true")
+    with_ratings = bought.one_judge & bought.votes.eq(400) & bought.categories.eq(5)
+    assert (
+        at_equal_cost | with_ratings | (bought.anchors != "true") | cost.isin([100, 800])
+    ).all()
+    mixed = bought[at_equal_cost & (bought.votes > 0) & (bought.ratings > 0)]
+    assert (mixed.votes == 2 * mixed.ratings).all() and len(mixed) == 12
+    assert set(bought[bought.anchors != "true"].anchors) == {"noisy", "a model's"}
+    for what in ("mean_correlation", "spread_correlation", "scale_ratio", "shape", "gap"):
+        assert np.isfinite(np.stack(bought[what])).all() and len(bought[what][0]) == 2
+    scalar = np.stack(bought[bought.objective == "scalar"].spread_correlation)
+    assert (scalar == 0).all() and (np.stack(bought.gap) > 0).all()
