@@ -28,6 +28,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from .backbones import fuse_activations, local_or_hub
 from .formats import InputError
 from .losses import Objective, check_objective, usual_objective
 from qr_rlhf.many import (
@@ -41,7 +42,7 @@ from qr_rlhf.many import (
     mixed_batch,
     row_sums,
 )
-from .model import RewardDistribution, local_or_hub, quantile_levels, read_quantiles
+from .model import RewardDistribution, quantile_levels, read_quantiles
 from .packing import can_share, check_lengths, row_lengths, shared_quantiles
 
 # %% ../nbs/03_training.ipynb #cell-11
@@ -92,6 +93,7 @@ class LengthTrainer(Trainer):
 
     def __init__(self, *args, lengths: list[int] | None = None, **kwargs):
         super().__init__(*args, **kwargs)
+        fuse_activations(self.model)
         check_processes(self.args.world_size)
         self.lengths = lengths  # of the training rows
         if self.args.disable_tqdm:
@@ -217,9 +219,7 @@ class PairTrainer(ScaleTrainer, LengthTrainer):
                 loss, outputs = None, row_sums(self.objective, self.scale, every, judged)
             else:
                 loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-        labels = torch.zeros(
-            len(outputs), device=outputs.device
-        )  # or else metrics are left out
+        labels = outputs.new_zeros(len(outputs))  # or else metrics are left out
         return loss, outputs, labels
 
     def summarise(self, found) -> dict[str, float]:

@@ -14,7 +14,9 @@ from transformers import (
     LlamaConfig,
     LlamaModel,
 )
+from transformers.activations import NewGELUActivation
 
+from qr_rlhf.backbones import fuse_activations
 from qr_rlhf.data import encode_pairs
 from qr_rlhf.model import (
     RewardDistribution,
@@ -30,7 +32,7 @@ from qr_rlhf.model import (
     to_scalar,
     train_tokenizer,
 )
-from qr_rlhf.training import score_pairs
+from qr_rlhf.training import score_pairs, training_arguments, warm_up_trainer
 
 PROMPT = "\n\nHuman: My bread is flat.\n\nAssistant:"
 ANSWERS = [" Try fresh yeast.", " Buy some bread.", " Let it rise for an hour.", " No."]
@@ -79,6 +81,48 @@ def test_a_reward_does_not_depend_on_the_rest_of_the_batch(model, batch):
     together = model(**batch).logits
     alone = torch.cat([outputs_alone(model, batch, i) for i in range(len(ANSWERS))])
     assert (together - alone).abs().max() < 1e-6 and together.std() > 1e-3
+
+
+def written_out(model):
+    "The activations of a model that `transformers` computes in eight operations."
+    return [layer for layer in model.modules() if isinstance(layer, NewGELUActivation)]
+
+
+def gradients(model, batch):
+    model.zero_grad()
+    model(**batch).logits.square().sum().backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+def test_a_fused_activation_changes_nothing_but_time(model, batch, tmp_path):
+    model.save_pretrained(tmp_path)
+    stock = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    assert len(written_out(stock)) == 2 and not written_out(model)
+    assert stock.config.activation_function == model.config.activation_function == "gelu_new"
+    assert (model(**batch).logits - stock(**batch).logits).abs().max() < 1e-6
+    ours, theirs = gradients(model, batch), gradients(stock, batch)
+    assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()
+
+
+def test_other_activations_are_left_alone():
+    sizes = dict(vocab_size=30, hidden_size=16, intermediate_size=32, num_hidden_layers=1)
+    llama = LlamaModel(LlamaConfig(num_attention_heads=2, **sizes))
+    before = str(llama)
+    assert str(fuse_activations(llama)) == before
+
+
+@pytest.mark.parametrize("way", ["warm-up", "scoring"])
+def test_a_trainer_fuses_the_models_it_is_given(way, backbone, tokenizer, tmp_path):
+    row = dict(prompt=PROMPT, chosen=ANSWERS[0], rejected=ANSWERS[1])
+    pairs, _ = encode_pairs(Dataset.from_list([row]), tokenizer, 64)
+    if way == "warm-up":
+        args = training_arguments(tmp_path, 1)
+        trained = warm_up_trainer(backbone, tokenizer, pairs, args, pairs).model
+    else:
+        load_reward_model(backbone, tokenizer, n=10).save_pretrained(tmp_path)
+        trained = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+        score_pairs(trained, tokenizer, pairs, disable_tqdm=True)
+    assert not written_out(trained)
 
 
 @torch.no_grad()
