@@ -44,6 +44,7 @@ from .runs import begin_training, open_run, read_rewards, run_arguments, version
 from .settings import Settings
 from .sources import WORKLOADS, from_root, hub_id, root_path
 from .synthetic import World
+from .together import how_many, train_together
 from .training import rewards_table, score_pairs, warm_up_trainer
 from .uncertainty import compare_with_truth, explained, spread
 
@@ -155,17 +156,21 @@ def warm_up(run: Run):
         run.start = folder
 
 
-def train_models(run: Run):
-    "Train a scalar and a quantile model for each seed."
+def train_models(
+    run: Run,
+    processes: int | None = None,  # that train at the same time; None: as many as fit
+):
+    "Train a scalar and a quantile model for each seed, together where the machine allows it."
     data = dict(train=run.pairs["train"], valid=run.pairs["valid"])
     common = dict(settings=run.settings, start=run.start, tokenizer=run.tokenizer) | data
     common |= dict(rating_values=run.rating_values)
     finish = keep_adapter if run.settings.lora_rank else None
-    folders = run.folders()
+    folders, jobs = run.folders(), {}
     for i, ((model, seed), folder) in enumerate(folders.items(), start=1):
         title = f"training {i} of {len(folders)}: {model} model, seed {seed}"
         make = partial(begin_training, run.folder, model=model, seed=seed, **common)
-        train_to(folder, make, finish, title)
+        jobs[title] = partial(train_to, folder, make, finish, title)
+    train_together(jobs, processes or how_many(run.start))
 
 # %% ../nbs/18_pipeline.ipynb #cell-22
 def score_models(run: Run) -> pd.DataFrame:  # the rewards table of all models
