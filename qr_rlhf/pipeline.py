@@ -260,7 +260,7 @@ def accuracy_table(results: dict) -> pd.DataFrame:  # a row per model and rule, 
 
 # %% ../nbs/18_pipeline.ipynb #cell-38
 VERDICTS = dict(  # metric → its name; what the better model does; whether more is better
-    kl_kde=("KL, the paper's measure", "sets chosen and rejected further apart", True),
+    kl_kde=("KL by kernel density", "sets chosen and rejected further apart", True),
     accuracy=("Pairwise accuracy", "is more often right", True),
     nll=("Log-loss, less is better", "forecasts preferences better", False),
 )
@@ -323,8 +323,8 @@ def spread_lines(results: dict) -> list[str]:
         lines.append(f"{told} {np.mean(true):.2f}.")
     of_means = results["objective"].get("link") == "mean"
     if true and results["objective"].get("target") == "label" and of_means:
-        explained = "a spread says nothing of disagreement (chapter 2)"
-        lines[0] += f" With the target `label` {explained}."
+        asked = "the objective does not ask for any (chapter 2)"
+        lines[0] += f" With the target `label` {asked}."
     if repeated > 0.9:
         told = "- **Warning**: a seed's predicted spread is a function of its predicted mean"
         lines.append(f"{told} (η² = {repeated:.2f}): it says nothing of its own.")
