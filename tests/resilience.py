@@ -21,6 +21,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from conftest import SMALL
+from filelock import FileLock
 from matplotlib.figure import Figure
 from transformers import Trainer
 
@@ -33,7 +34,7 @@ from qr_rlhf.studies import quiet
 from qr_rlhf.synthetic import World
 from qr_rlhf.training import PairTrainer
 
-PHASES = {  # phase → the function after whose n-th call the process is killed
+PHASES = {  # phase → the function after whose n-th call in any process the first is killed
     "the settings are written": (pipeline, "open_run", 1),
     "the backbone is written": (pipeline, "tiny_gpt2", 1),
     "tokenising": (pipeline, "encode_pairs", 2),
@@ -46,7 +47,7 @@ PHASES = {  # phase → the function after whose n-th call the process is killed
     "saving": (Trainer, "_save_rng_state", 2),
     "writing a manifest": (resume, "checksum", 3),
     "exporting": (resume, "write_manifest", 2),
-    "the second training": (PairTrainer, "compute_loss", 9),
+    "a model is there": (resume, "save", 1),
     "scoring": (pipeline, "score_pairs", 2),
     "writing the rewards": (pd.DataFrame, "to_parquet", 1),
     "drawing": (Figure, "savefig", 2),
@@ -62,13 +63,13 @@ LOG = tempfile.TemporaryFile("w+")  # what the runs print
 
 
 def die_after(owner, name, calls):
-    "End this process by SIGKILL after the n-th call of a function."
+    "Kill the first process after the n-th call of a function in it or in a copy of it."
     original, count = getattr(owner, name), itertools.count(1)
 
     def function(*args, **kwargs):
         found = original(*args, **kwargs)
         if next(count) == calls:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getsid(0), signal.SIGKILL)
         return found
 
     setattr(owner, name, function)
@@ -78,6 +79,7 @@ def start(function, *args, die=None, **environment):
     "Call a function in a process of its own, which may be told to die; returns its id."
     if process := os.fork():
         return process
+    os.setsid()
     os.environ.update(environment)
     for stream in (sys.stdout, sys.stderr):
         os.dup2(LOG.fileno(), stream.fileno())
@@ -96,19 +98,31 @@ def wait(process):
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
-def run(runs):
-    "What run.ipynb does."
+def run(runs, processes=2):
+    "What run.ipynb does; its two models train at the same time, or one after the other."
     quiet(threads=1)
     settings = make_settings("demo", workload="harmless", **SMALL)
     run = pipeline.begin_run(settings, "harmless", runs)
     pipeline.add_backbone(run)
     pipeline.warm_up(run)
-    pipeline.train_models(run)
+    pipeline.train_models(run, processes)
     rewards = pipeline.score_models(run)
     for name, draw in dict(figure2=figure2, figure3=figure3).items():
         save_figure(draw(rewards, "a run that is killed"), run.folder / name)
     results = pipeline.collect_results(run, rewards)
     pipeline.finish_run(run, results, seconds=1)
+
+
+def run_and_kill(runs, die=None, after=None):
+    "Start a run and kill its first process; its copies have to end, too."
+    process = start(run, runs, die=die)
+    if after is not None:
+        time.sleep(after)
+        os.kill(process, signal.SIGKILL)
+    ended, lock = wait(process), runs / "harmless" / ".lock"
+    if lock.exists():
+        FileLock(lock, timeout=10).acquire().release()  # a copy would hold it, too
+    return ended
 
 
 def differences(whole, other):
@@ -148,9 +162,9 @@ class Report:
 
 def kill_in_each_phase(place, report):
     "One run, killed in one phase after the other."
-    assert wait(start(run, place / "whole")) == 0
+    assert wait(start(run, place / "whole", 1)) == 0
     for phase, die in PHASES.items():
-        report.add_kill(phase, wait(start(run, place / "killed", die=die)))
+        report.add_kill(phase, run_and_kill(place / "killed", die))
     folders = place / "whole" / "harmless", place / "killed" / "harmless"
     damage(folders[1])
     assert wait(start(run, place / "killed")) == 0
@@ -222,10 +236,7 @@ def kill_at_random(place, report, kills, seed):
         runs, moments = place / f"killed{done}", []
         for _ in range(rng.choice([1, 2])):
             moments.append(rng.uniform(0, lasts))
-            process = start(run, runs)
-            time.sleep(moments[-1])
-            os.kill(process, signal.SIGKILL)
-            wait(process)
+            run_and_kill(runs, after=moments[-1])
         assert wait(start(run, runs)) == 0
         found = differences(place / "whole" / "harmless", runs / "harmless")
         when = " and ".join(f"{moment:.1f}" for moment in moments)

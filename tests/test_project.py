@@ -15,7 +15,8 @@ from nbconvert import HTMLExporter
 
 ORDER = """formats groups chat sources backbones data judgements packing model ratings losses
 resume many training analysis figures grammar synthetic families uncertainty bounds large
-settings runs export policy batches library serve together pipeline experiments rated studies""".split()
+settings runs export policy batches library serve together pipeline experiments rated
+studies""".split()
 SHOWN = ["index", "run", "report"]
 NOTEBOOKS = [
     *sorted((ROOT / "nbs").glob("*.ipynb")),
