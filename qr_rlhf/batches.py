@@ -57,8 +57,9 @@ def encode_messages(
     "Token ids of a dialogue, as `score` has them; raises `ValueError` where it can't be read."
     prompt, replies = read_request(tokenizer, messages[:-1], [messages[-1:]])
     ends = sequence_ends(tokenizer)
-    start, (reply,) = encode_dialogue(tokenizer, ends, prompt, replies, limit)
-    check_fits(len(start), [len(reply)], limit)
+    found = encode_dialogue(tokenizer, ends, prompt, replies, limit)
+    check_fits(found, limit)
+    start, (reply,) = found
     return start + reply
 
 # %% ../nbs/24_batches.ipynb #cell-15

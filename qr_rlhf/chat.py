@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['REASONS', 'between_turns', 'turn_end', 'own_turn', 'read_request', 'read_chat',
-           'read_reply', 'check_responses', 'check_requests', 'check_asked',
+           'read_reply', 'check_responses', 'check_requests', 'naming', 'check_asked',
            'check_turns', 'length_limit', 'check_fits']
 
 # %% ../nbs/20_chat.ipynb #cell-3
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 
@@ -148,6 +149,16 @@ def check_requests(prompts: Sequence, responses: Sequence) -> None:
         )
 
 
+@contextmanager
+def naming(request: int, of_many: bool) -> Iterator[None]:
+    "Within this context an error says which of many requests it is about."
+    try:
+        yield
+    except ValueError as error:
+        which = f"request {request}: " if of_many else ""
+        raise type(error)(f"{which}{error}") from None
+
+
 def check_asked(asked: list[dict]) -> None:
     "Raise `ValueError` unless the user asks."
     if not asked or asked[-1]["role"] != "user":
@@ -186,13 +197,15 @@ def length_limit(
 
 
 def check_fits(
-    start: int,  # tokens of the prompt
-    lengths: list[int],  # tokens of each response with its end
+    found: tuple[list[int], list[list[int]]] | ValueError,  # from `encode_dialogues`
     limit: int,  # most tokens in a sequence
 ) -> None:
-    "Raise `ValueError` where a response doesn't fit."
+    "Raise `ValueError` where a response doesn't fit, or what was found in its place."
+    if isinstance(found, ValueError):
+        raise found
+    lengths = [len(response) for response in found[1]]
     longest = max(lengths)
-    if start + longest > limit:
+    if len(found[0]) + longest > limit:
         raise InputError(
             f"responses: response {int(np.argmax(lengths))} has {longest} tokens "
             f"with its end token, but a sequence may have {limit}; leave it out."

@@ -126,7 +126,7 @@ def check_text(text: object, where: str, what: str) -> str:
     if not isinstance(text, str):
         kind = type(text).__name__
         raise InputError(f"{where}: {what} is of type {kind}; it must be a string.")
-    if any("\ud800" <= c <= "\udfff" for c in text):
+    if re.search("[\ud800-\udfff]", text):
         raise InputError(
             f"{where}: {what} holds half a surrogate pair, which is no character; "
             "save the file as UTF-8."

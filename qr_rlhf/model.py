@@ -6,7 +6,7 @@
 __all__ = ['quantile_levels', 'interpolate_quantile', 'cvar_weights', 'check_tail',
            'RewardDistribution', 'check_several', 'check_level', 'check_link',
            'load_reward_model', 'own_head', 'choose_head', 'score', 'score_many',
-           'encode_request', 'read_quantiles', 'read_link', 'normal_quantiles',
+           'encode_requests', 'read_quantiles', 'read_link', 'normal_quantiles',
            'categorical_quantiles', 'to_scalar', 'output_weights', 'load_tokenizer',
            'local_or_hub', 'tiny_gpt2', 'train_tokenizer']
 
@@ -29,8 +29,8 @@ from qr_rlhf.backbones import (
     tiny_gpt2,
     train_tokenizer,
 )
-from .chat import check_fits, check_requests, length_limit, read_request
-from .data import encode_dialogue
+from .chat import check_fits, check_requests, length_limit, naming, read_request
+from .data import encode_dialogues
 from .formats import InputError
 from .packing import Row, describe_outputs, find_head, outputs_of_rows
 
@@ -249,23 +249,23 @@ def score_many(
 ) -> list[torch.Tensor]:  # of each prompt, quantiles `[responses, N]`, float32
     "Score responses to many prompts; raises `ValueError` as `score` does."
     check_requests(prompts, responses)
-    limit, ends, rows = length_limit(model.config, max_length), sequence_ends(tokenizer), []
-    for i, asked in enumerate(zip(prompts, responses, strict=True)):
-        try:
-            rows.append(encode_request(tokenizer, ends, *asked, limit))
-        except ValueError as error:
-            which = f"request {i}: " if len(prompts) > 1 else ""
-            raise type(error)(f"{which}{error}") from None
+    limit = length_limit(model.config, max_length)
+    rows = encode_requests(tokenizer, prompts, responses, limit)
     outputs = outputs_of_rows(model.eval(), rows, tokenizer.pad_token_id, row_tokens)
     return [read_quantiles(found, model.config) for found in outputs]
 
 # %% ../nbs/01_model.ipynb #api01-request
-def encode_request(tokenizer, ends, prompt, responses, limit) -> Row:
-    "Token ids of a prompt and of its responses; raises `ValueError` if one doesn't fit."
-    prompt, responses = read_request(tokenizer, prompt, responses)
-    start, ids = encode_dialogue(tokenizer, ends, prompt, responses, limit)
-    check_fits(len(start), [len(response) for response in ids], limit)
-    return start, ids
+def encode_requests(tokenizer, prompts, responses, limit) -> list[Row]:
+    "Token ids of prompts and of their responses; raises `ValueError` if one doesn't fit."
+    read, many = [], len(prompts) > 1
+    for i, asked in enumerate(zip(prompts, responses, strict=True)):
+        with naming(i, many):
+            read.append(read_request(tokenizer, *asked))
+    rows = encode_dialogues(tokenizer, sequence_ends(tokenizer), read, limit)
+    for i, row in enumerate(rows):
+        with naming(i, many):
+            check_fits(row, limit)
+    return rows
 
 # %% ../nbs/01_model.ipynb #cell-57
 def read_quantiles(

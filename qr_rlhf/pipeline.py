@@ -34,7 +34,7 @@ from qr_rlhf.analysis import (
 )
 from .data import count_shared_prompts, data_hash, encode_pairs, split_validation
 from .export import model_card, write_card
-from .formats import InputError
+from .formats import SIDES, InputError
 from .groups import responses_of
 from .judgements import advise, as_dialogues, group_results, load_parts, number_parts
 from .large import keep_adapter, plain_backbone
@@ -42,6 +42,7 @@ from .model import load_tokenizer, tiny_gpt2, train_tokenizer
 from .resume import read_json, train_to, write_folder, write_whole
 from .runs import begin_training, open_run, read_rewards, run_arguments, versions
 from .settings import Settings
+from .size import list_lengths
 from .sources import WORKLOADS, from_root, hub_id, root_path
 from .synthetic import World
 from .together import how_many, train_together
@@ -81,8 +82,8 @@ class Run:
 
     def lengths(self) -> np.ndarray:  # `[pairs, 2]`, chosen first
         "Tokens of the evaluation pairs' responses."
-        sides = self.pairs["eval"]["chosen_ids"], self.pairs["eval"]["rejected_ids"]
-        return np.array([[len(ids) for ids in side] for side in sides]).T
+        sides = (list_lengths(self.pairs["eval"], f"{side}_ids") for side in SIDES)
+        return np.stack([*sides], axis=1)
 
     def link(self) -> str | None:  # `mean` or `distributional`; None: they don't say
         "How the quantile model's quantiles become the probability that chosen wins."

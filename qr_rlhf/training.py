@@ -44,6 +44,7 @@ from qr_rlhf.many import (
 )
 from .model import RewardDistribution, quantile_levels, read_quantiles
 from .packing import can_share, check_lengths, row_lengths, shared_quantiles
+from .size import Dialogues
 
 # %% ../nbs/03_training.ipynb #cell-11
 class LengthSampler(Sampler):
@@ -300,17 +301,14 @@ def warm_up_trainer(
     valid: Dataset,  # encoded pairs to choose the checkpoint by
 ) -> LengthTrainer:  # ready to train
     "Make a Trainer of the causal language model on the chosen dialogues."
-    train, valid = (
-        [dict(input_ids=row["prompt_ids"] + row["chosen_ids"]) for row in table]
-        for table in (pairs, valid)
-    )
+    train, valid = Dialogues(pairs), Dialogues(valid)
     model = local_or_hub(AutoModelForCausalLM.from_pretrained, name, use_safetensors=True)
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     return LengthTrainer(
         model,
         args,
-        lengths=[len(row["input_ids"]) for row in train],
+        lengths=train.lengths(),
         train_dataset=train,
         eval_dataset=valid,
         processing_class=tokenizer,
@@ -329,6 +327,7 @@ def score_pairs(
     "Score both responses of each pair."
     order = np.argsort(row_lengths(pairs, shared=True))[::-1]
     said = dict(per_device_eval_batch_size=batch_size, disable_tqdm=disable_tqdm)
+    said |= dict(eval_accumulation_steps=500)  # or else all outputs are copied at each step
     with TemporaryDirectory() as nothing_is_written:
         args = training_arguments(nothing_is_written, 1, **said)
         with torch.autocast(args.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
