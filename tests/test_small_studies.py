@@ -247,29 +247,23 @@ def test_what_is_collected_costs_what_it_should(project):
 
 
 def test_what_text_teaches_by_votes_and_ratings(project):
-    small = dict(n_prompts=40, n_dialogues=60, n_eval=24, epochs=1, seeds="3,4", few=1)
+    small = dict(n_prompts=60, n_dialogues=60, n_eval=24, epochs=1, seeds="3,4", few=1)
     project.run("studies/collect_text", check=False, shares=0.5, **small)
     results = project.results("collect_text")
     models, folder = results["models"], project.folder / "runs" / "collect_text"
-    assert set(models["ratings"]) == {"distributional", "scalar"}
-    assert models["ratings"]["scalar"]["spread"] == [0, 0]
-    rated = models["ratings"]["distributional"]
-    assert rated["spread"][:1] == results["curve"]["320"] and set(results["curve"]) == {
-        "160",
-        "320",
-    }
-    scalar = np.array(models["ratings"]["scalar"]["accuracy"])
-    assert results["accuracy_minus_scalar"]["value"] == np.mean(rated["accuracy"] - scalar)
-    learnt = {
-        recipe: json.loads((folder / f"{recipe}-distributional-3-1/config.json").read_text())
+    rated, scalar = models["ratings"]["held"], models["ratings"]["scalar"]
+    assert scalar["spread"] == [0, 0]
+    assert set(results["curve"]) == {"120", "240"}
+    assert results["curve"]["240"] == rated["spread"][:1]
+    difference = np.mean(rated["accuracy"]) - np.mean(scalar["accuracy"])
+    assert np.isclose(results["accuracy_minus_scalar"]["value"], difference)
+    scales = {
+        recipe: json.loads((folder / f"{recipe}-held-3-1" / "config.json").read_text())
         for recipe in ("ratings", "half-votes-half-ratings", "votes-one-judge")
     }
-    assert len(learnt["ratings"]["rating_thresholds"]) == 9
-    assert (
-        learnt["ratings"]["rating_noise"]
-        == 1
-        != learnt["half-votes-half-ratings"]["rating_noise"]
-    )
-    assert not learnt["votes-one-judge"].get("rating_thresholds")
+    assert len(scales["ratings"]["rating_thresholds"]) == 9
+    assert scales["ratings"]["rating_noise"] == 1
+    assert scales["half-votes-half-ratings"]["rating_noise"] != 1
+    assert not scales["votes-one-judge"].get("rating_thresholds")
     for figure in ("recipes", "ranges", "curve"):
         assert (folder / f"{figure}.png").stat().st_size > 1000
