@@ -271,3 +271,26 @@ def test_what_is_collected_costs_what_it_should(project):
         assert np.isfinite(np.stack(bought[what])).all() and len(bought[what][0]) == 2
     scalar = np.stack(bought[bought.objective == "scalar"].spread_correlation)
     assert (scalar == 0).all() and (np.stack(bought.gap) > 0).all()
+
+
+def test_what_text_teaches_by_votes_and_ratings(project):
+    small = dict(n_prompts=60, n_dialogues=60, n_eval=24, epochs=1, seeds="3,4", few=1)
+    project.run("studies/collect_text", check=False, shares=0.5, **small)
+    results = project.results("collect_text")
+    models, folder = results["models"], project.folder / "runs" / "collect_text"
+    rated, scalar = models["ratings"]["held"], models["ratings"]["scalar"]
+    assert scalar["spread"] == [0, 0]
+    assert set(results["curve"]) == {"120", "240"}
+    assert results["curve"]["240"] == rated["spread"][:1]
+    difference = np.mean(rated["accuracy"]) - np.mean(scalar["accuracy"])
+    assert np.isclose(results["accuracy_minus_scalar"]["value"], difference)
+    scales = {
+        recipe: json.loads((folder / f"{recipe}-held-3-1" / "config.json").read_text())
+        for recipe in ("ratings", "half-votes-half-ratings", "votes-one-judge")
+    }
+    assert len(scales["ratings"]["rating_thresholds"]) == 9
+    assert scales["ratings"]["rating_noise"] == 1
+    assert scales["half-votes-half-ratings"]["rating_noise"] != 1
+    assert not scales["votes-one-judge"].get("rating_thresholds")
+    for figure in ("recipes", "ranges", "curve"):
+        assert (folder / f"{figure}.png").stat().st_size > 1000
