@@ -164,13 +164,13 @@ def win_logprob(
 def reliability(
     log_win: np.ndarray,  # log probability that the chosen response wins `[pairs]`
     bins: int = 10,  # of equal width on [0, 1]; empty ones are left out
+    share: np.ndarray | float = 1.0,  # of votes for the chosen response, `[pairs]`
 ) -> pd.DataFrame:  # a row per bin: mean `forecast`, share that `happened`, number of `pairs`
     "How often a response won, by its forecast; each pair counts in both orders."
     forecast = np.concatenate([np.exp(log_win), -np.expm1(log_win)])
-    happened = np.repeat([1.0, 0.0], len(log_win))
+    happened = np.concatenate([np.ones_like(log_win) * side for side in (share, 1 - share)])
     which = np.minimum((forecast * bins).astype(int), bins - 1)
-    table = pd.DataFrame(dict(bin=which, forecast=forecast, happened=happened))
-    groups = table.groupby("bin")
+    groups = pd.DataFrame(dict(bin=which, forecast=forecast, happened=happened)).groupby("bin")
     return groups.mean().assign(pairs=groups.size())
 
 
@@ -199,14 +199,13 @@ def length_correlation(rewards: np.ndarray, lengths: np.ndarray) -> float:
     return float(a @ b / np.sqrt((a @ a) * (b @ b))) if a.any() and b.any() else 0.0
 
 # %% ../nbs/04_analysis.ipynb #cell-83
-def half_samples(n_pairs: int, n_resamples: int = 200, seed: int = 0) -> np.ndarray:
-    "Booleans `[1 + n_resamples, n_pairs]`: all pairs; a random half, its other half; …"
-    rng = np.random.default_rng(seed)
-    halves = np.array(
-        [rng.permutation(n_pairs) < n_pairs // 2 for _ in range(n_resamples // 2)]
-    )
-    with_others = np.stack([halves, ~halves], axis=1).reshape(-1, n_pairs)
-    return np.concatenate([np.ones((1, n_pairs), bool), with_others])
+def half_samples(pairs: int | list, n_resamples: int = 200, seed: int = 0) -> np.ndarray:
+    "Booleans `[1 + n_resamples, pairs]`: all; a random half (of prompts if given), the rest; …"
+    which = np.unique(np.arange(pairs) if np.isscalar(pairs) else pairs, return_inverse=True)[1]
+    rng, n = np.random.default_rng(seed), which.max() + 1
+    half = np.array([rng.permutation(n) < n // 2 for _ in range(n_resamples // 2)])[:, which]
+    with_others = np.stack([half, ~half], axis=1).reshape(-1, len(which))
+    return np.concatenate([np.ones((1, len(which)), bool), with_others])
 
 
 def pair_error(values: np.ndarray | pd.Series) -> float:
@@ -319,11 +318,12 @@ def evaluate(
     link: str | None = "mean",  # the quantile model's (see `win_logprob`); None: no forecast
     n_resamples: int = 200,  # half-samples for the intervals, an even number
     seed: int = 0,  # of half-samples and swaps
+    prompts: list | None = None,  # of the pairs, whose intervals are over prompts then
 ) -> dict:  # `models`: model → metrics, `intervals`, `kl`, `per_seed`; `difference`
     "Every metric of both models and of the difference quantile − scalar."
     arrays = to_arrays(rewards)
     check_comparison(rewards, lengths)
-    samples = half_samples(rewards.pair.nunique(), n_resamples, seed)
+    samples = half_samples(prompts or rewards.pair.nunique(), n_resamples, seed)
     models, tables = {}, {}
     for model in MODELS:
         by_seed = {s: q for (m, s), q in arrays.items() if m == model}

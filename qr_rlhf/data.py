@@ -86,7 +86,7 @@ def load_pairs(
         rows, cut = rows_in_memory(data, split, splits)
     groups = groups and any(needs_group(row) for _, row in rows)
     read = read_group if groups else read_pair
-    pairs, dropped, cut = [], Counter(), cut and hold_out
+    pairs, dropped, cut, voted = [], Counter(), cut and hold_out, None
     for where, row in rows:
         try:
             pair = read(row, where)
@@ -97,8 +97,7 @@ def load_pairs(
             pairs.append(pair)
         except Dropped as reason:
             dropped[str(reason)] += 1
-        if not groups:
-            check_votes(row, rows[0][1], where)
+        voted = check_votes(row, voted, where)
     dropped += leave_out_equal(pairs) if groups else Counter()
     check_any_left(pairs, dropped, split, data if isinstance(data, str | Path) else "data")
     return Dataset.from_list(pairs, FEATURES if groups else None), dict(dropped)
@@ -148,13 +147,14 @@ def check_any_left(pairs: list, dropped: Counter, split: str, source: object) ->
         raise InputError(f"data: {what} (dropped: {dict(dropped)}{cut}); give more pairs.")
 
 
-def check_votes(row: dict, first: dict, where: str) -> None:
-    "Raise `ValueError` where some rows have a share of votes and others have none."
-    if ("share" in row) != ("share" in first):
-        found, others = ("here", "lack") if "share" in row else ("missing", "have")
-        fault = f"{found}, though earlier rows {others} it"
-        remedy = "give it in every row or in none"
-        raise InputError(f"{where}: the field 'share' is {fault}; {remedy}.")
+def check_votes(row: dict, before: bool | None, where: str) -> bool | None:
+    "Whether pairs have a share of votes; raises `ValueError` where only some of them do."
+    has = before if row.get("chosen") is None else row.get("share") is not None
+    if has != before and before is not None:
+        found, others = ("here", "lack") if has else ("missing", "have")
+        fault = f"{found}, though earlier pairs {others} it; give it in every pair or in none"
+        raise InputError(f"{where}: the field 'share' is {fault}.")
+    return has
 
 # %% ../nbs/00_data.ipynb #cell-22
 def hash_share(

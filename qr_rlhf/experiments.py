@@ -118,17 +118,22 @@ class Learners(torch.nn.Module):
     def losses(
         self,
         x: torch.Tensor,  # responses `[seeds, batch, 2, features]`, chosen first
-        share: torch.Tensor | None = None,  # of votes for chosen `[seeds, batch]`
         pooled: bool = True,  # with what an objective asks of a whole batch
+        **judged: torch.Tensor,  # what else was said of them, as `costs` takes it
     ) -> dict[str, torch.Tensor]:  # name → `[seeds, members]`
         "Each network's mean loss."
-        share, losses = None if share is None else share[:, None], {}
+        losses = {}
         for name, outputs in self(x).items():
-            objective, (chosen, rejected) = self.objectives[name][0], outputs.unbind(-2)
-            losses[name] = objective.pair_loss(chosen, rejected, share).mean(-1)
-            if pooled:
-                losses[name] = losses[name] + objective.penalty(chosen, rejected)
+            sides = outputs.unbind(-2)
+            losses[name] = self.costs(name, *sides, **judged).mean(-1)
+            if pooled and x.shape[1]:
+                losses[name] = losses[name] + self.objectives[name][0].penalty(*sides)
         return losses
+
+    def costs(self, name, chosen, rejected, share=None) -> torch.Tensor:
+        "What each pair costs, `[seeds, members, batch]`; `share` of votes is `[seeds, batch]`."
+        share = None if share is None else share[:, None]
+        return self.objectives[name][0].pair_loss(chosen, rejected, share)
 
 # %% ../nbs/17_experiments.ipynb #cell-15
 class BestEpoch(TrainerCallback):
@@ -190,6 +195,8 @@ def train_networks(
     settings = dict.fromkeys(objectives, (learning_rate, weight_decay)) | (settings or {})
     groups = parameter_groups(learners, settings)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), fused=True)
+    plain = dict(save_strategy="no", logging_strategy="no", report_to="none")
+    plain |= dict(remove_unused_columns=False, use_cpu=True, dataloader_pin_memory=False)
     with TemporaryDirectory() as folder:
         args = TrainingArguments(
             folder,
@@ -197,18 +204,12 @@ def train_networks(
             per_device_train_batch_size=batch_size,
             lr_scheduler_type="cosine",
             max_grad_norm=0,
-            save_strategy="no",
-            logging_strategy="no",
-            report_to="none",
-            remove_unused_columns=False,
             seed=seed,
             disable_tqdm=disable_tqdm,
-            use_cpu=True,
-            dataloader_pin_memory=False,
+            **plain,
         )
-        data = dict(train_dataset=train, data_collator=lambda batch: batch)
-        data |= dict(callbacks=[best], optimizers=(optimizer, None))
-        trainer = LearnersTrainer(learners, args, **data)
+        data = dict(train_dataset=train, data_collator=lambda batch: batch, callbacks=[best])
+        trainer = LearnersTrainer(learners, args, **data, optimizers=(optimizer, None))
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     check_finite(best.last)
