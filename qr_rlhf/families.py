@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['OWNED', 'DPL_UNIT', 'DPL_WITHIN', 'VotedWorld', 'PromptWorld', 'scale_cost',
-           'DPLWorld', 'OpposedWorld', 'family']
+           'DPLWorld', 'OpposedWorld', 'family', 'draw_rows', 'best_normals']
 
 # %% ../nbs/28_families.ipynb #cell-3
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy.optimize import minimize
 
+from .experiments import Rows
 from .formats import InputError
-from .losses import PURM
+from .losses import PURM, DistributionalObjective
 from qr_rlhf.synthetic import (
     JUDGES,
     RandomWorld,
@@ -193,3 +195,30 @@ def family(
     for owner in OWNED:
         worlds[f"spread of {owner}"] = PromptWorld(seed, owner)
     return worlds | {"opposed tastes": OpposedWorld(seed), "DPL's": DPLWorld()}
+
+# %% ../nbs/28_families.ipynb #f-19377454
+def draw_rows(
+    worlds: list[VotedWorld | VectorWorld],  # those of one kind, say
+    n: int,  # pairs of each world
+    seeds: list[int],  # of the pairs, one for each world
+) -> Rows:  # `[worlds, n, 2, features]`
+    "Pairs of several worlds, chosen first, as `train_networks` takes them."
+    x = [world.pairs(n, seed)[0] for world, seed in zip(worlds, seeds, strict=True)]
+    return Rows(torch.from_numpy(np.stack(x)))
+
+# %% ../nbs/28_families.ipynb #f-22496907
+def best_normals(
+    truth: Truth,  # reward distributions of pairs, `[n, 2, groups]`
+    p: np.ndarray,  # probability that the first response of each wins, `[n]`
+) -> torch.Tensor:  # μ and log s, `[n, 2, 2]`
+    "Normals with the true means and deviations times two factors: those that forecast best."
+    mean, log_s = (torch.tensor(part) for part in (truth.mean(), np.log(truth.sd())))
+    share, objective = torch.from_numpy(p), DistributionalObjective()
+
+    def stretched(logs):
+        return torch.stack([mean * np.exp(logs[0]), log_s + logs[1]], -1)
+
+    def loss(logs):
+        return float(objective(*stretched(logs).unbind(1), share))
+
+    return stretched(minimize(loss, [0, 0], method="Nelder-Mead").x)
