@@ -114,10 +114,12 @@ def begin_run(
 
 
 def check_evaluation(pairs: Dataset):
-    "Refuse fewer evaluation pairs than an interval needs."
-    if len(pairs) < 12:
+    "Refuse fewer evaluation pairs than an interval needs, or prompts where it is over them."
+    grouped = "group" in pairs.column_names
+    n, what = (len(set(pairs["group"])), "prompts") if grouped else (len(pairs), "pairs")
+    if n < 12:
         raise InputError(
-            f"data: {len(pairs)} pairs are left to evaluate on, but intervals need 12 or more; "
+            f"data: {n} {what} are left to evaluate on, but intervals need 12 or more; "
             "give more pairs, or a test part of its own."
         )
 

@@ -33,7 +33,7 @@ from qr_rlhf.judgements import (
     number_parts,
     number_ratings,
 )
-from qr_rlhf.pipeline import length_null
+from qr_rlhf.pipeline import check_evaluation, length_null
 from qr_rlhf.synthetic import World, truth
 from qr_rlhf.training import rewards_table
 
@@ -432,6 +432,8 @@ def test_intervals_over_several_pairs_of_a_prompt_are_over_prompts():
         widths[name] = [part["high"] - part["low"], null["high"] - null["low"]]
     wider = np.divide(widths["prompts"], widths["pairs"])
     assert 2 < wider[0] < 3 and 0.7 < wider[1] < 1.4  # √6, and 1: lengths know no prompt
+    few = Dataset.from_list([dict(prompt="Why?", group=i // 6) for i in range(66)])
+    assert "11 prompts are left to evaluate on" in refusal(check_evaluation, few)
     samples = half_samples(prompts)
     assert (samples.reshape(201, 60, 6).any(2) == samples.reshape(201, 60, 6).all(2)).all()
 
