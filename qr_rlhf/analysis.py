@@ -8,7 +8,8 @@ __all__ = ['MODELS', 'PAPER', 'METRICS', 'to_arrays', 'kde_logpdf', 'log_ratio',
            'reliability', 'ece', 'jensen_shannon', 'crossing_rate',
            'length_correlation', 'half_samples', 'pair_error', 'accuracy_on',
            'seed_interval', 'interval', 'format_interval', 'detectable', 'statistics',
-           'swapped', 'summarise', 'evaluate', 'on_samples', 'check_comparison']
+           'swapped', 'summarise', 'evaluate', 'sampled_pairs', 'on_samples',
+           'check_comparison']
 
 # %% ../nbs/04_analysis.ipynb #cell-4
 import numpy as np
@@ -134,13 +135,13 @@ def win_logprob(
 def reliability(
     log_win: np.ndarray,  # log probability that the chosen response wins `[pairs]`
     bins: int = 10,  # of equal width on [0, 1]; empty ones are left out
+    share: np.ndarray | float = 1.0,  # of votes for the chosen response, `[pairs]`
 ) -> pd.DataFrame:  # a row per bin: mean `forecast`, share that `happened`, number of `pairs`
     "How often a response won, by its forecast; each pair counts in both orders."
     forecast = np.concatenate([np.exp(log_win), -np.expm1(log_win)])
-    happened = np.repeat([1.0, 0.0], len(log_win))
+    happened = np.concatenate([np.ones_like(log_win) * side for side in (share, 1 - share)])
     which = np.minimum((forecast * bins).astype(int), bins - 1)
-    table = pd.DataFrame(dict(bin=which, forecast=forecast, happened=happened))
-    groups = table.groupby("bin")
+    groups = pd.DataFrame(dict(bin=which, forecast=forecast, happened=happened)).groupby("bin")
     return groups.mean().assign(pairs=groups.size())
 
 
@@ -169,14 +170,13 @@ def length_correlation(rewards: np.ndarray, lengths: np.ndarray) -> float:
     return float(a @ b / np.sqrt((a @ a) * (b @ b))) if a.any() and b.any() else 0.0
 
 # %% ../nbs/04_analysis.ipynb #cell-83
-def half_samples(n_pairs: int, n_resamples: int = 200, seed: int = 0) -> np.ndarray:
-    "Booleans `[1 + n_resamples, n_pairs]`: all pairs; a random half, its other half; …"
-    rng = np.random.default_rng(seed)
-    halves = np.array(
-        [rng.permutation(n_pairs) < n_pairs // 2 for _ in range(n_resamples // 2)]
-    )
-    with_others = np.stack([halves, ~halves], axis=1).reshape(-1, n_pairs)
-    return np.concatenate([np.ones((1, n_pairs), bool), with_others])
+def half_samples(pairs: int | list, n_resamples: int = 200, seed: int = 0) -> np.ndarray:
+    "Booleans `[1 + n_resamples, pairs]`: all; a random half (of prompts if given), the rest; …"
+    which = np.unique(np.arange(pairs) if np.isscalar(pairs) else pairs, return_inverse=True)[1]
+    rng, n = np.random.default_rng(seed), which.max() + 1
+    half = np.array([rng.permutation(n) < n // 2 for _ in range(n_resamples // 2)])[:, which]
+    with_others = np.stack([half, ~half], axis=1).reshape(-1, len(which))
+    return np.concatenate([np.ones((1, len(which)), bool), with_others])
 
 
 def pair_error(values: np.ndarray | pd.Series) -> float:
@@ -289,16 +289,19 @@ def evaluate(
     link: str | None = "mean",  # the quantile model's (see `win_logprob`); None: no forecast
     n_resamples: int = 200,  # half-samples for the intervals, an even number
     seed: int = 0,  # of half-samples and swaps
+    prompts: list | None = None,  # of the pairs, whose intervals are over prompts then
 ) -> dict:  # `models`: model → metrics, `intervals`, `kl`, `per_seed`; `difference`
     "Every metric of both models and of the difference quantile − scalar."
     arrays = to_arrays(rewards)
     check_comparison(rewards, lengths)
-    samples = half_samples(min(rewards.pair.nunique(), MOST), n_resamples, seed)
+    some = sampled_pairs(rewards.pair.nunique())
+    of_prompts = [prompts[i] for i in some] if prompts else len(some)
+    samples = half_samples(of_prompts, n_resamples, seed)
     models, tables = {}, {}
     for model in MODELS:
         by_seed = {s: q for (m, s), q in arrays.items() if m == model}
         own = link if model == "quantile" else "mean"
-        measured = {s: on_samples(q, samples, lengths, own) for s, q in by_seed.items()}
+        measured = {s: on_samples(q, some, samples, lengths, own) for s, q in by_seed.items()}
         zeros = [swapped(q, lengths, own, seed) for q in by_seed.values()]
         tables[model] = list(measured.values())
         parts = summarise(tables[model], sum(zeros) / len(zeros))
@@ -310,12 +313,16 @@ def evaluate(
     return dict(models=models, difference=summarise(gains))
 
 
-def on_samples(quantiles, samples, lengths, link) -> pd.DataFrame:
+def sampled_pairs(n: int) -> np.ndarray:
+    "Which pairs the intervals come from: all, or of very many some at random."
+    return np.random.default_rng(0).permutation(n)[:MOST] if n > MOST else np.arange(n)
+
+
+def on_samples(quantiles, some, samples, lengths, link) -> pd.DataFrame:
     "`statistics`; of many pairs on samples of some, narrowed to what those of all would be."
-    n, most = len(quantiles), samples.shape[1]
+    n, most = len(quantiles), len(some)
     if n == most:
         return statistics(quantiles, samples, lengths, link)
-    some = np.random.default_rng(0).permutation(n)[:most]
     of_some = None if lengths is None else lengths[some]
     halves = statistics(quantiles[some], samples, of_some, link)
     return narrow(halves, statistics(quantiles, np.ones((1, n), bool), lengths, link), most / n)

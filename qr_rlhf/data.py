@@ -115,7 +115,7 @@ def kept_rows(
     dropped: Counter,  # to which the others are added, by reason
 ) -> Iterator[dict]:
     "Read rows, those that can be used."
-    first, kept = None, 0
+    voted, kept = None, 0
     for where, row in rows:
         try:
             pair = read(row, where)
@@ -127,9 +127,7 @@ def kept_rows(
             yield pair
         except Dropped as reason:
             dropped[str(reason)] += 1
-        if read is not read_group:
-            first = first or row
-            check_votes(row, first, where)
+        voted = check_votes(row, voted, where)
 
 
 class Grouped(Exception):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Networks', 'Rows', 'Learners', 'BestEpoch', 'LearnersTrainer', 'train_networks',
-           'parameter_groups', 'check_finite', 'log_loss_gap', 'temperature',
+           'make_optimizer', 'check_finite', 'log_loss_gap', 'temperature',
            'best_factor', 'objective_temperature', 'cross_fitted', 'side_by_side',
            'warm_up', 'train_reward_model']
 
@@ -80,9 +80,8 @@ class Rows(torch.utils.data.Dataset):
         return self.x.shape[1]
 
     def __getitems__(self, rows: list[int]) -> dict:
-        if self.share is None:
-            return dict(x=self.x[:, rows])
-        return dict(x=self.x[:, rows], share=self.share[:, rows])
+        voted = {} if self.share is None else dict(share=self.share[:, rows])
+        return dict(x=self.x[:, rows]) | voted
 
 # %% ../nbs/17_experiments.ipynb #cell-12
 class Learners(torch.nn.Module):
@@ -118,17 +117,22 @@ class Learners(torch.nn.Module):
     def losses(
         self,
         x: torch.Tensor,  # responses `[seeds, batch, 2, features]`, chosen first
-        share: torch.Tensor | None = None,  # of votes for chosen `[seeds, batch]`
         pooled: bool = True,  # with what an objective asks of a whole batch
+        **judged: torch.Tensor,  # what else was said of them, as `costs` takes it
     ) -> dict[str, torch.Tensor]:  # name → `[seeds, members]`
         "Each network's mean loss."
-        share, losses = None if share is None else share[:, None], {}
+        losses = {}
         for name, outputs in self(x).items():
-            objective, (chosen, rejected) = self.objectives[name][0], outputs.unbind(-2)
-            losses[name] = objective.pair_loss(chosen, rejected, share).mean(-1)
-            if pooled:
-                losses[name] = losses[name] + objective.penalty(chosen, rejected)
+            sides = outputs.unbind(-2)
+            losses[name] = self.costs(name, *sides, **judged).mean(-1)
+            if pooled and x.shape[1]:
+                losses[name] = losses[name] + self.objectives[name][0].penalty(*sides)
         return losses
+
+    def costs(self, name, chosen, rejected, share=None) -> torch.Tensor:
+        "What each pair costs, `[seeds, members, batch]`; `share` of votes is `[seeds, batch]`."
+        share = None if share is None else share[:, None]
+        return self.objectives[name][0].pair_loss(chosen, rejected, share)
 
 # %% ../nbs/17_experiments.ipynb #cell-15
 class BestEpoch(TrainerCallback):
@@ -176,7 +180,8 @@ def train_networks(
     batch_size: int = 512,  # pairs a step
     learning_rate: float = 4e-3,  # peak; cosine schedule
     weight_decay: float = 0.2,  # of weights; biases have none
-    settings: dict | None = None,  # name → (learning_rate, weight_decay), where its own
+    settings: dict
+    | None = None,  # name → its own (rate, decay), or (rate, decay, of last layer)
     seed: int = 0,  # of the order of pairs
     disable_tqdm: bool = False,  # no progress bar
     learners: Learners | None = None,  # networks to train; None: new ones for pairs
@@ -188,8 +193,9 @@ def train_networks(
     learners = learners or Learners(objectives, seeds, features, members)
     best = BestEpoch(valid)
     settings = dict.fromkeys(objectives, (learning_rate, weight_decay)) | (settings or {})
-    groups = parameter_groups(learners, settings)
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), fused=True)
+    optimizer = make_optimizer(learners, settings)
+    plain = dict(save_strategy="no", logging_strategy="no", report_to="none")
+    plain |= dict(remove_unused_columns=False, use_cpu=True, dataloader_pin_memory=False)
     with TemporaryDirectory() as folder:
         args = TrainingArguments(
             folder,
@@ -197,33 +203,28 @@ def train_networks(
             per_device_train_batch_size=batch_size,
             lr_scheduler_type="cosine",
             max_grad_norm=0,
-            save_strategy="no",
-            logging_strategy="no",
-            report_to="none",
-            remove_unused_columns=False,
             seed=seed,
             disable_tqdm=disable_tqdm,
-            use_cpu=True,
-            dataloader_pin_memory=False,
+            **plain,
         )
-        data = dict(train_dataset=train, data_collator=lambda batch: batch)
-        data |= dict(callbacks=[best], optimizers=(optimizer, None))
-        trainer = LearnersTrainer(learners, args, **data)
+        data = dict(train_dataset=train, data_collator=lambda batch: batch, callbacks=[best])
+        trainer = LearnersTrainer(learners, args, **data, optimizers=(optimizer, None))
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     check_finite(best.last)
     return learners.eval()
 
 
-def parameter_groups(learners: Learners, settings: dict) -> list[dict]:
-    "The weights of each objective, and what else it learns, with its own settings."
+def make_optimizer(learners: Learners, settings: dict) -> torch.optim.AdamW:
+    "AdamW for the weights of each objective, and what else it learns, by its own settings."
     groups = []
     for name, nets in learners.nets.items():
-        (rate, decay), named = settings[name], nets.named_parameters()
+        (rate, *decays), named = settings[name], nets.named_parameters()
         others = [values for key, values in named if not key.startswith("weights")]
-        groups.append(dict(params=nets.weights, lr=rate, weight_decay=decay))
+        for weights, decay in zip(nets.weights, decays[:1] * 2 + decays[-1:], strict=True):
+            groups.append(dict(params=[weights], lr=rate, weight_decay=decay))
         groups.append(dict(params=others, lr=rate, weight_decay=0))
-    return groups
+    return torch.optim.AdamW(groups, betas=(0.9, 0.99), fused=True)
 
 
 def check_finite(losses: dict[str, torch.Tensor]):

@@ -158,7 +158,7 @@ Their mean is the reward{% if not family %}; neighbouring quantiles can cross{% 
   {{ results.n_train }} {{ results.get("trained_on", "pairs") }}, {{ results.n_valid }} more to
   choose the checkpoint by
 - backbone: {% if settings.backbone == "scratch" %}small GPT-2 from scratch
-{%- if settings.warm_up_epochs %}, warmed up on the chosen dialogues{% endif %}
+{%- if settings.warm_up_epochs %}, warmed up on {{ dialogues }} dialogues{% endif %}
 {%- else %}{{ base_model or backbone }}{% endif +%}
 {% if model == "scalar" %}
 - objective: Bradley–Terry: −log σ(r(chosen) − r(rejected))
@@ -268,11 +268,10 @@ def model_card(
 ) -> ModelCard:
     "Write the card of a checkpoint of a run."
     config, synthetic = AutoConfig.from_pretrained(folder), settings.data == "synthetic"
-    facts = dict(
+    facts = dict(dataset=hub_id(settings.data), base_model=hub_id(settings.backbone))
+    facts |= dict(
         name=f"{results['name']}-{model}-seed{seed}",
-        dataset=hub_id(settings.data),
         data="embedded synthetic world" if synthetic else Path(settings.data).name,
-        base_model=hub_id(settings.backbone),
         backbone=Path(settings.backbone).name,
         family=config.quantile_family,
         link=read_link(config),
@@ -280,6 +279,7 @@ def model_card(
         options=dataclasses.asdict(settings.make_objective()),
         metrics=measured(results, model, seed),
         adapter=(Path(folder) / "adapter").is_dir(),
+        dialogues="all" if "groups" in results else "the chosen",
     )
     facts |= dict(settings=settings, results=results, model=model, seed=seed)
     return ModelCard(JINJA.from_string(MODEL_CARD).render(facts))

@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['OWNED', 'DPL_UNIT', 'DPL_WITHIN', 'VotedWorld', 'PromptWorld', 'scale_cost',
-           'DPLWorld', 'OpposedWorld', 'family']
+           'DPLWorld', 'OpposedWorld', 'family', 'draw_rows', 'best_normals']
 
 # %% ../nbs/28_families.ipynb #cell-3
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy.optimize import minimize
 
+from .experiments import Rows
 from .formats import InputError
-from .losses import PURM
+from .losses import PURM, DistributionalObjective
 from qr_rlhf.synthetic import (
     JUDGES,
     RandomWorld,
@@ -27,13 +29,31 @@ from qr_rlhf.synthetic import (
 
 # %% ../nbs/28_families.ipynb #cell-6
 class VotedWorld:
-    "What all worlds of this chapter share: how votes are drawn."
+    "What all worlds of this chapter share: how pairs are drawn, and votes on them."
 
     dependence: float  # probability that one person judges both responses
 
     def truth(self, x: np.ndarray) -> Truth:
         "Reward distributions of responses `[..., features]`."
         raise NotImplementedError
+
+    def draw(self, n: int, rng: np.random.Generator) -> np.ndarray:
+        "The responses of n pairs, `[n, 2, features]`."
+        raise NotImplementedError
+
+    def pairs(
+        self,
+        n: int,  # how many
+        seed: int,  # of responses and votes
+        votes: int = 1,  # on each pair
+        **shape: int,  # what else a world's `draw` takes
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Draw pairs `[n, 2, features]` with their votes.
+
+        One vote: the chosen response comes first, with P(chosen wins) `[n]`.
+        Several: responses in any order, with the share of votes for the first `[n]`."""
+        rng = np.random.default_rng(seed)
+        return self.vote(self.draw(n, rng, **shape).astype(np.float32), votes, rng)
 
     def chance(self, x: np.ndarray) -> np.ndarray:
         "The probability that the first of each pair `[..., 2, features]` wins, `[...]`."
@@ -79,24 +99,18 @@ class PromptWorld(VotedWorld):
         "Reward distributions of responses `[..., 8]`."
         return random_truth(self.seed, x, x[..., OWNED[self.owner]])
 
-    def pairs(
+    def draw(
         self,
-        n: int,  # how many
-        seed: int,  # of prompts, responses and votes
-        votes: int = 1,  # on each pair
+        n: int,  # pairs
+        rng: np.random.Generator,
         per_prompt: int = 1,  # pairs of each prompt, one after the other
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Draw pairs `[n, 2, 8]` with their votes.
-
-        One vote: the chosen response comes first, with P(chosen wins) `[n]`.
-        Several: responses in any order, with the share of votes for the first `[n]`."""
+    ) -> np.ndarray:  # `[n, 2, 8]`
+        "Prompts and responses of pairs."
         if per_prompt < 1:
             raise InputError(f"per_prompt: {per_prompt} was given; it must be at least 1.")
-        rng = np.random.default_rng(seed)
         prompts = rng.normal(size=(-(-n // per_prompt), 1, 4)).repeat(per_prompt, 0)[:n]
         responses = rng.normal(size=(n, 2, 4))
-        x = np.concatenate([prompts.repeat(2, 1), responses], -1).astype(np.float32)
-        return self.vote(x, votes, rng)
+        return np.concatenate([prompts.repeat(2, 1), responses], -1)
 
     def __post_init__(self):
         super().__post_init__()
@@ -147,15 +161,9 @@ class DPLWorld(VotedWorld):
         means = DPL_UNIT * np.concatenate(of_groups, -1)
         return Truth(np.full_like(means, 0.5), means, np.full_like(means, DPL_WITHIN))
 
-    def pairs(
-        self,
-        n: int,  # how many
-        seed: int,  # of responses and votes
-        votes: int = 1,  # on each pair
-    ) -> tuple[np.ndarray, np.ndarray]:
-        "Draw pairs `[n, 2, 1]` with their votes, as `PromptWorld` does."
-        rng = np.random.default_rng(seed)
-        return self.vote(rng.random((n, 2, 1)).astype(np.float32), votes, rng)
+    def draw(self, n: int, rng: np.random.Generator) -> np.ndarray:
+        "Responses of n pairs, `[n, 2, 1]`."
+        return rng.random((n, 2, 1))
 
 # %% ../nbs/28_families.ipynb #cell-28
 @dataclass(frozen=True)
@@ -174,15 +182,9 @@ class OpposedWorld(VotedWorld):
         weights = np.broadcast_to([larger, 1 - larger], means.shape)
         return Truth(weights, means, np.full_like(means, within))
 
-    def pairs(
-        self,
-        n: int,  # how many
-        seed: int,  # of responses and votes
-        votes: int = 1,  # on each pair
-    ) -> tuple[np.ndarray, np.ndarray]:
-        "Draw pairs `[n, 2, 8]` with their votes, as `PromptWorld` does."
-        rng = np.random.default_rng(seed)
-        return self.vote(rng.normal(size=(n, 2, 8)).astype(np.float32), votes, rng)
+    def draw(self, n: int, rng: np.random.Generator) -> np.ndarray:
+        "Responses of n pairs, `[n, 2, 8]`."
+        return rng.normal(size=(n, 2, 8))
 
 # %% ../nbs/28_families.ipynb #cell-31
 def family(
@@ -193,3 +195,30 @@ def family(
     for owner in OWNED:
         worlds[f"spread of {owner}"] = PromptWorld(seed, owner)
     return worlds | {"opposed tastes": OpposedWorld(seed), "DPL's": DPLWorld()}
+
+# %% ../nbs/28_families.ipynb #f-19377454
+def draw_rows(
+    worlds: list[VotedWorld | VectorWorld],  # those of one kind, say
+    n: int,  # pairs of each world
+    seeds: list[int],  # of the pairs, one for each world
+) -> Rows:  # `[worlds, n, 2, features]`
+    "Pairs of several worlds, chosen first, as `train_networks` takes them."
+    x = [world.pairs(n, seed)[0] for world, seed in zip(worlds, seeds, strict=True)]
+    return Rows(torch.from_numpy(np.stack(x)))
+
+# %% ../nbs/28_families.ipynb #f-22496907
+def best_normals(
+    truth: Truth,  # reward distributions of pairs, `[n, 2, groups]`
+    p: np.ndarray,  # probability that the first response of each wins, `[n]`
+) -> torch.Tensor:  # μ and log s, `[n, 2, 2]`
+    "Normals with the true means and deviations times two factors: those that forecast best."
+    mean, log_s = (torch.tensor(part) for part in (truth.mean(), np.log(truth.sd())))
+    share, objective = torch.from_numpy(p), DistributionalObjective()
+
+    def stretched(logs):
+        return torch.stack([mean * np.exp(logs[0]), log_s + logs[1]], -1)
+
+    def loss(logs):
+        return float(objective(*stretched(logs).unbind(1), share))
+
+    return stretched(minimize(loss, [0, 0], method="Nelder-Mead").x)

@@ -8,7 +8,7 @@ __all__ = ['LISTS', 'LISTED', 'FEATURES', 'PAIR_RATINGS', 'WHOSE', 'BESIDE', 'AL
            'kind_of', 'one_of', 'read_pair_row', 'read_rated_row', 'read_several',
            'read_scored', 'read_votes', 'read_ranking', 'is_number', 'each_of',
            'read_numbers', 'read_raters', 'part_dialogues', 'check_replies',
-           'leave_out_equal']
+           'leave_out_equal', 'read_again']
 
 # %% ../nbs/29_groups.ipynb #cell-3
 import reprlib
@@ -27,6 +27,7 @@ from qr_rlhf.formats import (
     InputError,
     check_row,
     check_sides,
+    check_text,
     read_sides,
     split_turns,
 )
@@ -43,8 +44,8 @@ PAIR_RATINGS = dict(
 )
 WHOSE = ("rating", "ratings")  # beside a pair, nobody could tell whose it is
 BESIDE = [*WHOSE, *PAIR_RATINGS["chosen"], *PAIR_RATINGS["rejected"]]
-ALONE = "prompt share response completion rater responses votes ranking".split()
-COLUMNS = [*SIDES, *BESIDE, *ALONE, "instruction", "completions"]  # all that is read of a row
+ALONE = "prompt share response completion rater votes ranking instruction completions".split()
+COLUMNS = list(dict.fromkeys([*SIDES, *BESIDE, *ALONE, *LISTS]))  # all that is read of a row
 
 
 def responses_of(row: dict) -> list[str]:
@@ -70,6 +71,8 @@ def read_group(
     if not isinstance(row, dict):
         check_row(row, where)
     row = {name: plain(value) for name, value in row.items() if value is not None}
+    if LISTS.keys() <= row.keys():
+        return read_again(row, where)
     sides, votes, ratings = KINDS[kind_of(row, where)](row, where)
     raters = read_raters(row, where)
     check_sides(sides, where)
@@ -77,7 +80,7 @@ def read_group(
         raise Dropped("nothing_said")
     prompt = one_of(row, ("prompt", "instruction"), where)
     dialogues = read_sides(prompt, sides, where)
-    prompt, responses = part_dialogues(list(dialogues.values()))
+    prompt, responses = part_dialogues(list(dialogues.values()), may_equal=any(ratings))
     first, second, share = map(list, zip(*votes, strict=True)) if votes else ([], [], [])
     rated = [i for i, own in enumerate(ratings) for _ in own]
     group = dict(prompt=prompt, responses=responses, first=first, second=second, share=share)
@@ -264,12 +267,16 @@ def read_raters(row: dict, where: str) -> list[str]:
 # %% ../nbs/29_groups.ipynb #cell-21
 def part_dialogues(
     dialogues: list[str],  # in HH-RLHF's form
+    may_equal: bool = False,  # whether all responses may be equal
 ) -> tuple[str, list[str]]:  # their prompt, and one response each
     "Split dialogues into their prompt and one response each; raises `Dropped`."
     sides = [split_turns(dialogue) for dialogue in dialogues]
-    shared = commonprefix(sides) if len(sides) > 1 else sides[0][:-1]
+    alike = all(side == sides[0] for side in sides)
+    shared = sides[0][:-1] if alike else commonprefix(sides)
     prompt = "".join(shared)
     responses = ["".join(turns[len(shared) :]) for turns in sides]
+    if not may_equal and len(responses) > 1 and len(set(map(str.strip, responses))) == 1:
+        raise Dropped("equal")
     check_replies(sides, responses)
     marker = MARKERS["assistant"]
     if all(response.startswith(marker) for response in responses):
@@ -279,11 +286,9 @@ def part_dialogues(
 
 
 def check_replies(sides: list[list[str]], responses: list[str]) -> None:
-    "Raise `Dropped` if all responses are equal, or one is empty or ends with the human."
+    "Raise `Dropped` if a response is empty or ends with the human."
     last = [turns[-1] for turns in sides]
     words = [TURN.sub("", turn, count=1) for turn in last]
-    if len(responses) > 1 and len({response.strip() for response in responses}) == 1:
-        raise Dropped("equal")
     if not all(text.strip() for text in (*responses, *words)):
         raise Dropped("empty")
     if not all(turn.startswith(MARKERS["assistant"]) for turn in last):
@@ -307,3 +312,25 @@ def leave_out_equal(
     lost["equal"] = len(groups) - len(left)
     groups[:] = left
     return +lost
+
+# %% ../nbs/29_groups.ipynb #f-45117645
+def read_again(row: dict, where: str) -> dict:
+    "A row of a table of groups; raises `ValueError` where its lists don't fit together."
+    group = {name: each_of(row[name], name, None, where) for name in LISTS}
+    n = len(group["responses"])
+    votes = [group[name] for name in ("first", "second", "share")]
+    rated, rating = group["rated"], group["rating"]
+    whole = len({*map(len, votes)}) == 1 and len(rated) == len(rating)
+    if not whole or not all(map(is_number, [*rated, *rating])) or not {*rated} <= {*range(n)}:
+        raise InputError(
+            f"{where}: this has the columns of a table of groups, but 'first', 'second' and "
+            "'share' differ in length, or 'rated' and 'rating' do, or 'rated' holds no places "
+            f"from 0 to {n - 1}; give the table as load_pairs made it."
+        )
+    read_votes([list(vote) for vote in zip(*votes, strict=True)], n, where)
+    check_text(row.get("prompt"), where, "the field 'prompt'")
+    for i, text in enumerate(group["responses"]):
+        check_text(text, where, f"responses[{i}]")
+    if not (votes[0] or rated):
+        raise Dropped("nothing_said")
+    return dict(prompt=row["prompt"]) | group

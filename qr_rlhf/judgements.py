@@ -4,19 +4,22 @@
 
 # %% auto #0
 __all__ = ['MOST', 'find_values', 'nearest', 'number_ratings', 'number_parts', 'is_grouped',
-           'as_pairs', 'compared_pairs', 'rated_pairs', 'count_groups', 'say_size',
-           'size_rows', 'group_results', 'advise', 'say_read', 'say_dropped',
-           'load_parts', 'as_dialogues']
+           'as_pairs', 'compared_pairs', 'rated_pairs', 'measure', 'count_groups',
+           'say_size', 'size_rows', 'group_results', 'advise', 'say_read',
+           'say_dropped', 'load_parts', 'decided_pairs', 'prefer_chosen',
+           'as_dialogues']
 
 # %% ../nbs/33_judgements.ipynb #cell-3
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
-from itertools import combinations, islice
+from itertools import combinations
 
 import numpy as np
 from datasets import Dataset, Features, List, Value
 
-from .data import load_pairs
+from .analysis import auroc, crossing_rate, ece, reliability, win_logprob
+from .data import hash_share, load_pairs
 from .formats import InputError
 
 # %% ../nbs/33_judgements.ipynb #cell-7
@@ -84,20 +87,19 @@ def is_grouped(table: Dataset) -> bool:
 # %% ../nbs/33_judgements.ipynb #cell-13
 def as_pairs(
     table: Dataset,  # groups; or pairs, which stay
-    n: int | None = None,  # most pairs; None: all
-) -> Dataset:  # `prompt, chosen, rejected, share`
+) -> Dataset:  # `prompt, chosen, rejected, share, group`
     "The pairs of groups; raises `ValueError` where nothing can be compared."
     if not is_grouped(table):
         return table
     by = compared_pairs if any(map(len, table["first"])) else rated_pairs
-    pairs = list(islice(by(table), n))
-    if not pairs:
+    pairs, prompts = list(by(table)), {prompt: i for i, prompt in enumerate(table["prompt"])}
+    if all(pair["share"] == 0.5 for pair in pairs):
         raise InputError(
             f"data: in {len(table)} rows no response is preferred to another to the same "
             "prompt, by votes or by ratings, so that nothing can be evaluated; give pairs too, "
             "or rate several responses to one prompt."
         )
-    return Dataset.from_list(pairs)
+    return Dataset.from_list([pair | dict(group=prompts[pair["prompt"]]) for pair in pairs])
 
 
 def compared_pairs(groups: Dataset) -> Iterator[dict]:
@@ -105,13 +107,9 @@ def compared_pairs(groups: Dataset) -> Iterator[dict]:
     for group in groups:
         votes = zip(group["first"], group["second"], group["share"], strict=True)
         for first, second, share in votes:
-            if share < 0.5:
-                first, second, share = second, first, 1 - share
             chosen, rejected = (group["responses"][i] for i in (first, second))
-            if share > 0.5:
-                yield dict(
-                    prompt=group["prompt"], chosen=chosen, rejected=rejected, share=share
-                )
+            sides = dict(chosen=chosen, rejected=rejected)
+            yield dict(prompt=group["prompt"]) | sides | dict(share=share)
 
 
 def rated_pairs(groups: Dataset) -> Iterator[dict]:
@@ -127,6 +125,27 @@ def rated_pairs(groups: Dataset) -> Iterator[dict]:
             chosen, rejected = (one, other) if means[one] > means[other] else (other, one)
             if means[one] != means[other]:
                 yield dict(prompt=prompt, chosen=chosen, rejected=rejected, share=1.0)
+
+# %% ../nbs/33_judgements.ipynb #f-42166474
+def measure(
+    quantiles: np.ndarray,  # of a model `[pairs, 2, N]`, chosen first
+    link: str | None,  # of `win_logprob`; None: the quantiles don't say who wins
+    share: np.ndarray | list | float = 1.0,  # of votes for chosen, `[pairs]`
+) -> dict[str, float]:
+    "Metrics of a model, in which every vote counts."
+    quantiles, share = quantiles.astype(float), np.asarray(share)
+    chosen, rejected = quantiles.mean(-1).T
+    margin = (2 * share - 1) * (chosen - rejected)
+    won = 0.5 + (share - 0.5) * np.sign(chosen - rejected)
+    found = dict(pairs=len(quantiles), accuracy=float(won.mean()))
+    if link:
+        win, lose = (win_logprob(sides, link) for sides in (quantiles, quantiles[:, ::-1]))
+        log_loss = -(share * win + (1 - share) * lose).mean()
+        found |= dict(nll=float(log_loss), ece=ece(reliability(win, share=share)))
+    most = np.where(share < 0.5, [rejected, chosen], [chosen, rejected])
+    decided = np.broadcast_to(share != 0.5, chosen.shape)
+    found |= dict(auroc=auroc(*most[:, decided]), margin=float(margin.mean()))
+    return found | dict(crossing_rate=crossing_rate(quantiles))
 
 # %% ../nbs/33_judgements.ipynb #cell-18
 def count_groups(
@@ -225,8 +244,31 @@ def load_parts(
     read = partial(load_pairs, source, settings.workload, **choice)
     train, dropped = read(split="train", n=settings.n_train)
     evaluation, dropped_eval = read(split="test", n=settings.n_eval)
-    lost = dict(train=dropped, valid={}, eval=dropped_eval)
-    return train, as_pairs(evaluation, settings.n_eval), lost
+    evaluation, left_out = decided_pairs(as_pairs(evaluation), settings.n_eval)
+    lost = dict(train=dropped, valid={}, eval=dropped_eval | left_out)
+    return train, evaluation, lost
+
+
+def decided_pairs(
+    pairs: Dataset,  # from `as_pairs`, or a source's own
+    n: int | None = None,  # most pairs, chosen by a hash; None: all
+) -> tuple[Dataset, dict[str, int]]:  # in their order, preferred side first; how many go
+    "The pairs with a side that most people preferred; without votes nothing changes."
+    if "share" not in pairs.column_names:
+        return pairs, {}
+    rows = [prefer_chosen(row) for row in pairs if row["share"] != 0.5]
+    keys = [hash_share(row["prompt"] + row["chosen"] + row["rejected"]) for row in rows]
+    kept = sorted(np.argsort(keys)[:n])
+    left_out = Counter(no_majority=len(pairs) - len(rows), over_limit=len(rows) - len(kept))
+    return Dataset.from_list([rows[i] for i in kept]), dict(+left_out)
+
+
+def prefer_chosen(pair: dict) -> dict:
+    "A pair with its sides swapped where most of the votes are for the rejected one."
+    if pair["share"] > 0.5:
+        return pair
+    swapped = dict(chosen=pair["rejected"], rejected=pair["chosen"])
+    return pair | swapped | dict(share=1 - pair["share"])
 
 
 def as_dialogues(

@@ -7,8 +7,8 @@ __all__ = ['GROUP_COLUMNS', 'JUDGED', 'SCALE_FILE', 'SCALE_RATE', 'has_groups', 
            'judgements', 'mixed_batch', 'judgement_losses', 'compared_outputs',
            'check_scale', 'group_loss', 'make_scale', 'read_scale', 'set_scale',
            'set_values', 'check_ratings', 'scale_inside', 'scale_aside',
-           'ScaleTrainer', 'set_rate', 'write_scale', 'check_whole', 'row_sums',
-           'group_metrics']
+           'ScaleTrainer', 'set_rate', 'write_scale', 'check_whole', 'count_votes',
+           'row_sums', 'group_metrics']
 
 # %% ../nbs/30_many.ipynb #cell-3
 import math
@@ -294,20 +294,28 @@ def check_whole(trainer: Trainer):
         )
 
 # %% ../nbs/30_many.ipynb #cell-41
+def count_votes(
+    rewards: torch.Tensor,  # of the compared responses, `[comparisons, 2]`
+    share: torch.Tensor | None,  # of votes for the first, `[comparisons]`; None: all
+) -> tuple[torch.Tensor, torch.Tensor]:  # `[comparisons]` each
+    "The share of votes for the response with the higher reward, and the mean margin of a vote."
+    margin = rewards[:, 0] - rewards[:, 1]
+    share = torch.ones_like(margin) if share is None else share
+    return 0.5 + (share - 0.5) * margin.sign(), (2 * share - 1) * margin
+
+
 def row_sums(
     objective: Objective,
     scale: RatingScale | None,  # how rewards become ratings
     outputs: torch.Tensor,  # of all responses of a batch, `[responses, outputs]`
     judged: dict[str, torch.Tensor],  # from `group_batch`
-) -> torch.Tensor:  # `[rows, 5]`: costs, judgements, comparisons, won ones, margins
+) -> torch.Tensor:  # `[rows, 5]`: costs, judgements, comparisons, votes won, margins
     "What each row of a batch adds to an evaluation."
     votes, ratings = judgement_losses(objective, scale, outputs, judged)
-    margin = -objective.quantiles(compared_outputs(outputs, judged)).mean(-1).diff(dim=1)[:, 0]
+    rewards = objective.quantiles(compared_outputs(outputs, judged)).mean(-1)
+    won, margin = count_votes(rewards, judged.get("share"))
     one, none = torch.ones_like(margin), torch.zeros_like(ratings)
-    most = (judged.get("share", one) - 0.5).sign()  # 1: preferred the first; 0: divided equally
-    margin, decided = most * margin, most.abs()
-    won = decided * ((margin > 0).float() + (margin >= 0).float()) / 2
-    of_votes = torch.stack([votes, one, decided, won, margin], 1)
+    of_votes = torch.stack([votes, one, one, won, margin], 1)
     of_ratings = torch.stack([ratings, torch.ones_like(ratings), none, none, none], 1)
     row = torch.cat([judged["row_of_first"], judged["row_of_rated"]])
     sums = torch.zeros(int(row.max()) + 1, 5, device=outputs.device)

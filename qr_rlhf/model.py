@@ -154,7 +154,8 @@ def check_link(link, other):
     if link not in ("mean", "distributional") or link != other:
         raise InputError(
             f"link: {link!r} and {other!r} were given, but prob_beats needs the model's, as in "
-            "RewardDistribution(quantiles, read_link(model.config))."
+            "RewardDistribution(quantiles, read_link(model.config)); a model trained with "
+            "dpl_normal or dpl_categorical has none: compare means or quantiles there."
         )
 
 # %% ../nbs/01_model.ipynb #cell-44

@@ -85,6 +85,11 @@ class Run:
         sides = (list_lengths(self.pairs["eval"], f"{side}_ids") for side in SIDES)
         return np.stack([*sides], axis=1)
 
+    def prompts(self) -> list[int] | None:  # `[pairs]`; None: pairs as they were given
+        "The prompt of each evaluation pair, where pairs were made of groups."
+        pairs = self.pairs["eval"]
+        return pairs["group"][:] if "group" in pairs.column_names else None
+
     def link(self) -> str | None:  # `mean` or `distributional`; None: they don't say
         "How the quantile model's quantiles become the probability that chosen wins."
         return self.settings.make_objective().link
@@ -111,10 +116,12 @@ def begin_run(
 
 
 def check_evaluation(pairs: Dataset):
-    "Refuse fewer evaluation pairs than an interval needs."
-    if len(pairs) < 12:
+    "Refuse fewer evaluation pairs than an interval needs, or prompts where it is over them."
+    grouped = "group" in pairs.column_names
+    n, what = (len(set(pairs["group"])), "prompts") if grouped else (len(pairs), "pairs")
+    if n < 12:
         raise InputError(
-            f"data: {len(pairs)} pairs are left to evaluate on, but intervals need 12 or more; "
+            f"data: {n} {what} are left to evaluate on, but intervals need 12 or more; "
             "give more pairs, or a test part of its own."
         )
 
@@ -192,9 +199,10 @@ def score_models(run: Run) -> pd.DataFrame:  # the rewards table of all models
 def length_null(
     rewards: pd.DataFrame,  # the rewards table
     lengths: np.ndarray,  # of its responses `[pairs, 2]`, chosen first
+    prompts: list[int] | None = None,  # of the pairs; None: intervals are over pairs
 ) -> dict[str, dict]:  # `longer`, `shorter`; `beyond`: model → its gain over the better rule
     "Accuracy of picking by length alone, and what the models add to it."
-    arrays, samples = to_arrays(rewards), half_samples(len(lengths))
+    arrays, samples = to_arrays(rewards), half_samples(prompts or len(lengths))
     longer = accuracy_on(samples, lengths)
     better = longer if longer[0] >= 0.5 else 1 - longer
     beyond = {}
@@ -222,8 +230,8 @@ def collect_results(
         seeds=s.seeds,
         objective=dict(name=s.objective, **dataclasses.asdict(objective)),
         versions=versions(),
-        **evaluate(rewards, run.lengths(), link=run.link()),
-        null=length_null(rewards, run.lengths()),
+        **evaluate(rewards, run.lengths(), link=run.link(), prompts=run.prompts()),
+        null=length_null(rewards, run.lengths(), run.prompts()),
         spread_by_mean=[explained(spread(q).ravel(), q.mean(-1).ravel()) for q in quantiles],
     )
     if s.data == "synthetic":

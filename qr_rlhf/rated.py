@@ -90,24 +90,12 @@ class RatedLearners(Learners):
         for nets in self.nets.values():
             nets.scale = RatingScale(categories, learn_noise, shape=(seeds,))
 
-    def losses(  # type: ignore[override]  # batches of `RatedRows` have ratings, no shares
-        self,
-        x: torch.Tensor,  # pairs `[seeds, n, 2, features]`, chosen first
-        rated: torch.Tensor,  # responses with a rating each `[seeds, m, features]`
-        rating: torch.Tensor,  # their categories `[seeds, m]`
-        pooled: bool = True,  # whether to add the objective's penalty on the batch
-    ) -> dict[str, torch.Tensor]:  # name → `[seeds, 1]`
-        "Each network's mean loss over votes and ratings."
-        votes, ratings, losses = self(x), self(rated[:, :, None]), {}
-        for name, (objective, _) in self.objectives.items():
-            chosen, rejected = votes[name].unbind(-2)
-            cost = objective.pair_loss(chosen, rejected).sum(-1)
-            quantiles = objective.quantiles(ratings[name][:, 0, :, 0])
-            log_p = self.nets[name].scale.log_probability(quantiles, rating)
-            losses[name] = (cost - log_p.sum(-1)[:, None]) / (x.shape[1] + rated.shape[1])
-            if pooled and x.shape[1]:
-                losses[name] = losses[name] + objective.penalty(chosen, rejected)
-        return losses
+    def costs(self, name, chosen, rejected, rated, rating):  # type: ignore[override]
+        "What each vote and each rating costs, `[seeds, 1, votes and ratings]`."
+        votes = super().costs(name, chosen, rejected)
+        objective, nets = self.objectives[name][0], self.nets[name]
+        log_p = nets.scale.log_probability(objective.quantiles(nets(rated)), rating)
+        return torch.cat([votes, -log_p[:, None]], -1)
 
 # %% ../nbs/31_rated.ipynb #cell-14
 def train_rated(

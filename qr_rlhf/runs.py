@@ -36,6 +36,7 @@ from .many import set_values
 from .model import load_tokenizer
 from qr_rlhf.resume import (
     find_changes,
+    first_process,
     hold,
     read_json,
     sweep,
@@ -89,7 +90,9 @@ def open_run(
 ) -> FileLock:  # held until it is released or the process ends
     "Take hold of a run's folder; raises `ValueError` if it is held or has other settings."
     folder = Path(folder)
-    lock = hold(folder, again=True).lock
+    lock = hold(folder, again=True).__enter__()
+    if not first_process():
+        return lock  # free: the first of several processes holds the folder for all
     sweep(folder)
     path, settings = folder / "settings.json", json.loads(json.dumps(settings))
     try:

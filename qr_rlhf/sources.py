@@ -295,13 +295,18 @@ def check_request(data: object, workload: str | None, split: str, n: int | None)
         raise InputError(f"workload: {workload!r} is unknown; choose one of {known}.")
 
 
-def check_votes(row: dict, first: dict, where: str) -> None:
-    "Raise `ValueError` where some rows have a share of votes and others have none."
-    if ("share" in row) != ("share" in first):
-        found, others = ("here", "lack") if "share" in row else ("missing", "have")
-        fault = f"{found}, though earlier rows {others} it"
-        remedy = "give it in every row or in none"
-        raise InputError(f"{where}: the field 'share' is {fault}; {remedy}.")
+def check_votes(
+    row: dict,
+    before: bool | None,  # whether earlier pairs had a share of votes; None: there was none
+    where: str,  # the row is
+) -> bool | None:  # the same, with this row
+    "Raise `ValueError` where only some pairs have a share of votes."
+    has = before if row.get("chosen") is None else row.get("share") is not None
+    if has != before and before is not None:
+        found, others = ("here", "lack") if has else ("missing", "have")
+        fault = f"{found}, though earlier pairs {others} it; give it in every pair or in none"
+        raise InputError(f"{where}: the field 'share' is {fault}.")
+    return has
 
 # %% ../nbs/11_sources.ipynb #cell-48
 def name_workload(

@@ -36,6 +36,7 @@ from qr_rlhf.many import (
     JUDGED,
     ScaleTrainer,
     compared_outputs,
+    count_votes,
     group_loss,
     group_metrics,
     make_scale,
@@ -78,12 +79,12 @@ class LengthSampler(Sampler):
 # %% ../nbs/03_training.ipynb #cell-18
 def pair_metrics(
     quantiles: torch.Tensor,  # `[pairs, 2, N]`, chosen first
+    share: torch.Tensor | None = None,  # of votes for chosen `[pairs]`; None: one vote each
 ) -> dict[str, float]:  # `accuracy`, `margin`, and with N > 1 `crossing_rate`
     "Summarise a batch of pairs."
     rewards = RewardDistribution(quantiles.float())
-    margin = rewards.mean().diff(dim=1).neg()
-    wins = (margin > 0).float() + (margin == 0).float() / 2
-    metrics = dict(accuracy=wins.mean().item(), margin=margin.mean().item())
+    won, margin = count_votes(rewards.mean(), share)
+    metrics = dict(accuracy=won.mean().item(), margin=margin.mean().item())
     if quantiles.shape[-1] > 1:
         metrics["crossing_rate"] = rewards.crossing_rate().mean().item()
     return metrics
@@ -144,8 +145,7 @@ class PairTrainer(ScaleTrainer, LengthTrainer):
         processing_class: The tokenizer: it pads the batches, and goes with each checkpoint.
         objective: What pairs cost; None: what the model's outputs are for.
         shared: Compute each prompt once; None: if that changes nothing.
-        compute_metrics: Of pairs, in place of accuracy, margin and crossing rate; it gets the
-            model's outputs, `[pairs, 2, outputs]`, chosen first.
+        compute_metrics: In place of ours; gets outputs `[pairs, 2, outputs]`, shares as labels.
         **kwargs: For `transformers.Trainer`, such as `callbacks` or `optimizers`.
     """
 
@@ -189,14 +189,15 @@ class PairTrainer(ScaleTrainer, LengthTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if "rated" in inputs:
             every, judged = self.judged_outputs(model, inputs)
-            outputs = compared_outputs(every, judged)
+            outputs, share = compared_outputs(every, judged), judged.get("share")
             loss = group_loss(self.objective, self.scale, every, judged)
         else:
             share, outputs = inputs.pop("share", None), self.outputs(model, inputs)
             loss = self.objective(outputs[:, 0], outputs[:, 1], share)
         check_finite(loss, self.state.global_step)
         if model.training and len(outputs):
-            self.watched.append(pair_metrics(self.objective.quantiles(outputs.detach())))
+            quantiles = self.objective.quantiles(outputs.detach())
+            self.watched.append(pair_metrics(quantiles, share))
         return (loss, outputs) if return_outputs else loss
 
     def outputs(self, model, inputs) -> torch.Tensor:
@@ -214,14 +215,15 @@ class PairTrainer(ScaleTrainer, LengthTrainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)
+        share = None if "rated" in inputs else inputs.get("share")
         with torch.no_grad(), self.compute_loss_context_manager():
             if "rated" in inputs:
                 every, judged = self.judged_outputs(model, inputs)
                 loss, outputs = None, row_sums(self.objective, self.scale, every, judged)
             else:
                 loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-        labels = outputs.new_zeros(len(outputs))  # or else metrics are left out
-        return loss, outputs, labels
+        one = outputs.new_ones(len(outputs))  # or else metrics are left out
+        return loss, outputs, one if share is None else share
 
     def summarise(self, found) -> dict[str, float]:
         "The metrics of an evaluation."
@@ -229,7 +231,8 @@ class PairTrainer(ScaleTrainer, LengthTrainer):
             return group_metrics(found.predictions)
         if self.pair_metrics:
             return self.pair_metrics(found)
-        return pair_metrics(self.objective.quantiles(torch.from_numpy(found.predictions)))
+        outputs, share = map(torch.from_numpy, (found.predictions, found.label_ids))
+        return pair_metrics(self.objective.quantiles(outputs), share)
 
     def log(self, logs, start_time=None):
         if "loss" in logs and self.watched:
@@ -272,8 +275,7 @@ def training_arguments(
     Args:
         folder: Where checkpoints go while it trains.
         steps: Optimiser steps of the whole training.
-        evaluations: How often to evaluate on the validation pairs; 0: there are none, and the
-            last checkpoint is kept.
+        evaluations: How often to evaluate on validation pairs; 0: the last checkpoint is kept.
         seed: Of order and dropout.
         precision: `float32` or `bfloat16`: what is computed in; weights stay float32.
         **kwargs: Any field of `transformers.TrainingArguments`.

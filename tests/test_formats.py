@@ -375,9 +375,9 @@ def test_what_is_asked_for_must_be_there(tmp_path):
 def test_votes_are_in_every_row_or_in_none(tmp_path):
     voted = PAIR | dict(share=0.9)
     said = refusal(load, write(tmp_path / "a.jsonl", [voted] * 100 + [PAIR]))
-    assert "line 101: the field 'share' is missing, though earlier rows have it" in said
+    assert "line 101: the field 'share' is missing, though earlier pairs have it" in said
     said = refusal(load, write(tmp_path / "b.jsonl", [PAIR, voted]))
-    assert "the field 'share' is here, though earlier rows lack it" in said
+    assert "the field 'share' is here, though earlier pairs lack it" in said
 
 
 def test_templates_and_lengths_that_fit_no_pair(backbone):

@@ -17,6 +17,7 @@ from test_model import refusal
 from transformers import AutoConfig
 
 from qr_rlhf import load, train
+from qr_rlhf.analysis import evaluate, half_samples
 from qr_rlhf.backbones import load_tokenizer, tiny_gpt2, train_tokenizer
 from qr_rlhf.data import data_hash, encode_pairs, load_pairs, parse_pair, split_validation
 from qr_rlhf.figures import training_figure
@@ -26,12 +27,15 @@ from qr_rlhf.judgements import (
     advise,
     as_pairs,
     count_groups,
+    decided_pairs,
     find_values,
     nearest,
     number_parts,
     number_ratings,
 )
+from qr_rlhf.pipeline import check_evaluation, length_null
 from qr_rlhf.synthetic import World, truth
+from qr_rlhf.training import rewards_table
 
 datasets.disable_progress_bars()
 ASK = dict(prompt="My bread is flat.")
@@ -152,6 +156,57 @@ def test_comparisons_of_equal_responses_are_left_out_and_counted():
     table, dropped = read(rows)
     assert dropped == dict(equal_comparison=3, equal=1)
     assert table["first"][:] == [[0, 1], []] and table["rated"][:] == [[], [0, 1, 2]]
+
+
+def test_ratings_of_equal_responses_stay_and_only_their_comparison_goes():
+    alike = PAIR | dict(rejected=PAIR["chosen"])
+    rows = [
+        alike,
+        alike | dict(chosen_rating=4, rejected_rating=[2, 3]),
+        ASK | dict(responses=["A", "A "], votes=[[0, 1]], ratings=[1, 2]),
+        ASK | dict(responses=["A", "A"], votes=[[0, 1]]),
+        ASK | dict(responses=["", ""], ratings=[1, 2]),
+    ]
+    table, dropped = read(rows)
+    assert dropped == dict(equal=2, equal_comparison=2, empty=1)
+    assert table["rating"][:] == [[4, 2, 3], [1, 2]] and table["first"][:] == [[], []]
+    assert table["prompt"][:] == [PROMPT] * 2
+    assert table["responses"][:] == [[" Try fresh yeast."] * 2, [" A", " A "]]
+
+
+def test_a_share_stands_in_every_pair_of_a_source_or_in_none():
+    voted = PAIR | dict(share=0.7)
+    table, _ = read([RATED, voted, THREE | dict(votes=[[0, 1]]), voted])
+    assert table["share"][:] == [[], [0.7], [1], [0.7]]
+    for lacks in (PAIR, PAIR | dict(share=None)):
+        told = refusal(read, [RATED, voted, lacks])
+        assert "row 3: the field 'share' is missing, though earlier pairs have it" in told
+    assert "'share' is here, though earlier pairs lack it" in refusal(
+        read, [PAIR, RATED, voted]
+    )
+    frame = pd.DataFrame([RATED, voted, PAIR])
+    assert "give it in every pair or in none" in refusal(read, frame)
+    assert read(pd.DataFrame([RATED, voted, voted]))[0]["share"][:] == [[], [0.7], [0.7]]
+
+
+def test_a_table_of_groups_is_a_source(tmp_path):
+    table, _ = read(mixed_rows(12, 6))
+    table.to_parquet(tmp_path / "table.parquet")
+    encoded = number_ratings(table)[0].add_column("prompt_ids", [[1]] * len(table))
+    for source in (table, table.to_list(), table.to_pandas(), tmp_path / "table.parquet"):
+        again, dropped = read(source)
+        assert again.to_list() == table.to_list() and not dropped
+    again, _ = read(encoded)
+    assert again.remove_columns("rating").to_list() == table.remove_columns("rating").to_list()
+    (first,) = table.select([0]).to_list()
+    fault = "this has the columns of a table of groups, but"
+    for wrong in (dict(share=[]), dict(rated=[0]), dict(rated=["a"], rating=[1])):
+        assert f"row 1: {fault}" in refusal(read, [first | wrong])
+    vote = dict(first=[0], second=[0], share=[1.0])
+    assert "votes[0] is [0, 0, 1.0]; it must be" in refusal(read, [first | vote])
+    assert "'prompt' is of type NoneType" in refusal(read, [first | dict(prompt=None)])
+    none = dict(first=[], second=[], share=[], rated=[], rating=[])
+    assert read([first, first | none])[1] == dict(nothing_said=1)
 
 
 # errors
@@ -332,20 +387,55 @@ def test_test_data_use_the_categories_of_the_training_data():
     assert number_parts(read(rows[:1])[0], plain)[1] is plain
 
 
-def test_pairs_of_groups_have_the_preferred_first_and_no_ties():
+def test_pairs_of_groups_have_the_votes_and_a_run_takes_the_preferred_side():
     rows = [
         THREE | dict(votes=[[1, 0, 0.2], [1, 2, 0.5], [2, 1]], ratings=[1, 2, 3]),
         RATED,
     ]
-    pairs = as_pairs(read(rows)[0]).to_list()
+    every = as_pairs(read(rows)[0])
+    assert every["share"][:] == [0.2, 0.5, 1] and every["chosen"][0] == " Fold it."
+    pairs, left_out = decided_pairs(every)
     assert [(p["chosen"], p["rejected"], p["share"]) for p in pairs] == [
         (" Try fresh yeast.", " Fold it.", 0.8),
         (" Hm.", " Fold it.", 1),
     ]
-    assert pairs[0]["prompt"] == PROMPT
-    assert as_pairs(read(rows)[0], 1).to_list() == pairs[:1]
+    assert pairs[0]["prompt"] == PROMPT and left_out == dict(no_majority=1)
     plain = load_pairs([PAIR], hold_out=False)[0]
-    assert as_pairs(plain) is plain
+    assert as_pairs(plain) is plain and decided_pairs(plain) == (plain, {})
+    shared = load_pairs([PAIR | dict(share=0.25)], hold_out=False)[0]
+    assert decided_pairs(shared)[0][0]["chosen"] == " Hm."
+
+
+def test_a_hash_chooses_the_pairs_of_a_run():
+    responses = [f"{i}." for i in range(6)]
+    rows = [
+        dict(prompt=f"Say {i}.", responses=responses, ranking=[*range(6)]) for i in range(20)
+    ]
+    pairs = as_pairs(read(rows)[0])
+    kept, left_out = decided_pairs(pairs, 60)
+    assert left_out == dict(over_limit=240) and len(set(kept["group"])) > 15
+    assert kept["group"][:] == sorted(kept["group"])
+    backwards, _ = decided_pairs(pairs.select(range(len(pairs))[::-1]), 60)
+    assert backwards.to_list() == kept.to_list()[::-1]
+
+
+def test_intervals_over_several_pairs_of_a_prompt_are_over_prompts():
+    rng = np.random.default_rng(0)
+    prompts = np.arange(60).repeat(6).tolist()
+    right = rng.choice([-1.0, 1.0], 60).repeat(6)  # all six pairs of a prompt, or none
+    sides = np.stack([right, np.zeros(360)], 1)[..., None]
+    both = [rewards_table(sides, model, 0) for model in ("scalar", "quantile")]
+    tables, widths = pd.concat(both), {}
+    for name, drawn in dict(pairs=None, prompts=prompts).items():
+        part = evaluate(tables, prompts=drawn)["models"]["scalar"]["intervals"]["accuracy"]
+        null = length_null(tables, rng.random((360, 2)), drawn)["longer"]
+        widths[name] = [part["high"] - part["low"], null["high"] - null["low"]]
+    wider = np.divide(widths["prompts"], widths["pairs"])
+    assert 2 < wider[0] < 3 and 0.7 < wider[1] < 1.4  # √6, and 1: lengths know no prompt
+    few = Dataset.from_list([dict(prompt="Why?", group=i // 6) for i in range(66)])
+    assert "11 prompts are left to evaluate on" in refusal(check_evaluation, few)
+    samples = half_samples(prompts)
+    assert (samples.reshape(201, 60, 6).any(2) == samples.reshape(201, 60, 6).all(2)).all()
 
 
 def test_ratings_alone_order_responses_to_one_prompt():
@@ -425,6 +515,11 @@ def test_the_library_trains_on_groups(backbone, tmp_path, capsys):
     assert torch.isfinite(load(tmp_path / "rm").score("Why?", ["So."]).quantiles).all()
     train(backbone, rows, tmp_path / "rm", "distributional", **how)
     assert "rm: taken up, it was finished already" in capsys.readouterr().out
+    table, _ = read(rows)
+    train(backbone, table, tmp_path / "rm", "distributional", **how)
+    assert "rm: taken up, it was finished already" in capsys.readouterr().out
+    encoded, _ = encode_pairs(table, model.tokenizer, 400)
+    assert model.evaluate(encoded) == model.evaluate(rows)
 
 
 def test_rankings_without_ratings_are_enough(backbone, tmp_path):
@@ -434,7 +529,8 @@ def test_rankings_without_ratings_are_enough(backbone, tmp_path):
     ]
     how = dict(max_steps=2, batch_size=4, evaluations=1, disable_tqdm=True)
     model = train(backbone, rows, tmp_path / "rm", "scalar", **how)
-    assert model.evaluate(rows)["pairs"] == 60  # ties are left out
+    found = model.evaluate(rows)
+    assert found["pairs"] == 90 and found["accuracy"] <= 75 / 90  # a tie is half a vote each
     pairs = [dict(prompt=f"Say {i}.", chosen="One.", rejected="Two.") for i in range(8)]
     validated = train(backbone, pairs, tmp_path / "other", validation=rows, **how)
     assert getattr(validated.model.config, "rating_values", None) is None

@@ -5,6 +5,7 @@
 import contextlib
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -13,12 +14,13 @@ from test_training import FAST
 from transformers import AutoModelForSequenceClassification
 
 from qr_rlhf.data import encode_dialogue, sequence_ends
+from qr_rlhf.judgements import measure
 from qr_rlhf.large import keep_adapter, trainable_model
 from qr_rlhf.losses import OBJECTIVES
 from qr_rlhf.many import SCALE_FILE, read_scale
 from qr_rlhf.model import load_reward_model
 from qr_rlhf.resume import train_to
-from qr_rlhf.training import PairTrainer, training_arguments
+from qr_rlhf.training import PairTrainer, score_pairs, training_arguments
 
 ASK = "\n\nHuman: My bread is {}.\n\nAssistant:"
 VOTES = dict(first=[0, 2, 1], second=[1, 0, 3], share=[1.0, 0.75, 1.0])
@@ -117,14 +119,26 @@ def test_an_evaluation_does_not_hang_on_its_batches(make, groups, tmp_path):
     assert "eval_accuracy" not in trainer.evaluate(groups(NO_VOTES | STARS))
 
 
-def test_accuracy_is_agreement_with_most_of_the_votes(make, groups, tmp_path):
-    table = groups(VOTES | STARS)
-    accuracy = []
-    for share in (0.75, 0.25, 0.5):
-        valid = groups(NO_STARS | dict(first=[0], second=[1], share=[share]))
-        accuracy.append(make(tmp_path, table, valid).evaluate().get("eval_accuracy"))
-    assert accuracy[0] + accuracy[1] == pytest.approx(1)
-    assert accuracy[2] is None  # nobody preferred either
+def test_every_vote_counts_in_the_log_in_evaluation_and_afterwards(make, groups, tmp_path):
+    votes = dict(first=[0, 1, 2, 2], second=[1, 2, 3, 0], share=[0.9, 0.25, 0.5, 1.0])
+    table = groups(NO_STARS | votes, 8)
+    for data in (table, as_pairs(table)):
+        still = dict(learning_rate=0.0, lr_scheduler_type="constant", logging_steps=1)
+        batches = dict(per_device_train_batch_size=len(data), per_device_eval_batch_size=5)
+        trainer = make(tmp_path, data, data, **still | batches)
+        trainer.train()
+        logged = trainer.state.log_history[0]
+        evaluated = trainer.evaluate()
+        quantiles = score_pairs(trainer.model, trainer.processing_class, as_pairs(table))
+        after = measure(quantiles, "mean", as_pairs(table)["share"][:])
+        right = (quantiles.mean(-1)[:, 0] > quantiles.mean(-1)[:, 1]).reshape(-1, 4)
+        by_hand = np.where(right, votes["share"], 1 - np.array(votes["share"])).mean()
+        assert not np.isclose(by_hand, right.mean(), atol=0.01)  # votes and pairs differ
+        for found in (logged["accuracy"], evaluated["eval_accuracy"], after["accuracy"]):
+            assert found == pytest.approx(by_hand, abs=1e-5)
+        assert logged["margin"] == pytest.approx(after["margin"], abs=1e-5)
+        assert evaluated["eval_margin"] == pytest.approx(after["margin"], abs=1e-5)
+        assert evaluated["eval_loss"] > after["nll"]  # the paper's objective regresses, too
 
 
 @pytest.mark.parametrize("judged", [NO_VOTES | STARS, VOTES | STARS], ids=["alone", "votes"])

@@ -18,6 +18,7 @@ from transformers.activations import NewGELUActivation
 
 from qr_rlhf.backbones import fuse_activations
 from qr_rlhf.data import encode_pairs
+from qr_rlhf.losses import OBJECTIVES
 from qr_rlhf.model import (
     RewardDistribution,
     cvar_weights,
@@ -272,6 +273,11 @@ def test_the_chance_of_being_preferred_follows_the_models_link():
     assert torch.isclose(chances["distributional"], sigma[1:].mean())
     told = refusal(RewardDistribution(better).prob_beats, RewardDistribution(worse))
     assert "prob_beats needs the model's" in told
+    assert "trained with dpl_normal or dpl_categorical has none: compare means" in told
+    assert {name for name, (of, _) in OBJECTIVES.items() if of.link is None} == {
+        "dpl_normal",
+        "dpl_categorical",
+    }
 
 
 def test_a_checkpoint_without_a_link_has_that_of_its_family(backbone, tokenizer):

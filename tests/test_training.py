@@ -3,7 +3,10 @@
 # ruff: noqa: F401, F811
 
 import copy
+import json
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -21,6 +24,7 @@ from qr_rlhf.losses import (
 )
 from qr_rlhf.model import load_reward_model, read_link, score
 from qr_rlhf.resume import hold, train_to
+from qr_rlhf.runs import open_run
 from qr_rlhf.training import PairTrainer, score_pairs, training_arguments
 
 ASK = "\n\nHuman: My bread is flat.\n\nAssistant:"
@@ -171,6 +175,31 @@ def test_two_trainings_do_not_share_a_folder(make, tmp_path, monkeypatch):
     monkeypatch.undo()
     assert train_to(tmp_path / "rm", lambda work: make(n=1, folder=work))
     assert [path.name for path in tmp_path.glob("rm*")] == ["rm"]
+
+
+SECOND = """
+import os, sys
+from qr_rlhf.runs import open_run
+
+os.environ["RANK"] = "1"
+lock = open_run(sys.argv[1], dict(any=2))  # which the first process would refuse
+lock.release(force=True)
+print("done")
+del os.environ["RANK"]
+open_run(sys.argv[1], dict(any=1))
+"""
+
+
+def test_a_second_process_neither_fails_nor_lets_go_of_a_run(tmp_path):
+    lock = open_run(tmp_path / "run", dict(any=1))
+    begun = tmp_path / "run" / ".figure.123.png"
+    begun.touch()  # the first process is writing
+    command = [sys.executable, "-c", SECOND, str(tmp_path / "run")]
+    found = subprocess.run(command, capture_output=True, text=True)
+    assert found.stdout == "done\n" and begun.exists()
+    assert "run: another process is working here" in found.stderr  # the first still holds it
+    assert json.loads((tmp_path / "run" / "settings.json").read_text()) == dict(any=1)
+    lock.release()
 
 
 def test_the_scalar_model_learns_bradley_terry_alone(make):
