@@ -32,6 +32,7 @@ from .pipeline import write_scratch
 from .resume import take_up, train_to
 from .runs import encode_parts, run_arguments
 from .settings import Settings
+from .together import die_with_parent
 from .training import PairTrainer, warm_up_trainer
 
 # %% ../nbs/17_experiments.ipynb #cell-6
@@ -293,7 +294,8 @@ def side_by_side(
     bar = dict(total=len(tasks), desc=desc, disable=desc is None)
     if processes == 1 or "fork" not in multiprocessing.get_all_start_methods():
         return list(tqdm(map(function, tasks), **bar))
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("fork")) as pool:
+    fork = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(processes, fork, initializer=die_with_parent) as pool:
         return list(tqdm(pool.map(function, tasks), **bar))
 
 # %% ../nbs/17_experiments.ipynb #cell-37
