@@ -9,10 +9,10 @@ __all__ = ['Networks', 'Rows', 'Learners', 'BestEpoch', 'LearnersTrainer', 'trai
            'warm_up', 'train_reward_model']
 
 # %% ../nbs/17_experiments.ipynb #cell-3
-import multiprocessing
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from itertools import pairwise
+from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -32,6 +32,7 @@ from .pipeline import write_scratch
 from .resume import take_up, train_to
 from .runs import encode_parts, run_arguments
 from .settings import Settings
+from .together import die_with_parent
 from .training import PairTrainer, warm_up_trainer
 
 # %% ../nbs/17_experiments.ipynb #cell-6
@@ -292,9 +293,9 @@ def side_by_side(
 ) -> list:  # the results, in the order of the tasks
     "Call `function` for every task, in copies of this process where the system has `fork`."
     bar = dict(total=len(tasks), desc=desc, disable=desc is None)
-    if processes == 1 or "fork" not in multiprocessing.get_all_start_methods():
+    if processes == 1 or "fork" not in get_all_start_methods():
         return list(tqdm(map(function, tasks), **bar))
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("fork")) as pool:
+    with ProcessPoolExecutor(processes, get_context("fork"), die_with_parent) as pool:
         return list(tqdm(pool.map(function, tasks), **bar))
 
 # %% ../nbs/17_experiments.ipynb #cell-37

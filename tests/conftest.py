@@ -3,11 +3,11 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from forks import Forks
 
 ROOT = Path(__file__).parent.parent
 SMALL = dict(  # the least demo that still trains, evaluates and resumes
@@ -41,6 +41,7 @@ class Project:
             "OMP_NUM_THREADS": "1",
             "PYTHONWARNINGS": "ignore",
         }
+        self.forks = Forks(self.folder, self.env)
 
     def command(self, notebook, output, **parameters):
         "The papermill command; without output the notebook goes to standard output."
@@ -53,8 +54,7 @@ class Project:
     def papermill(self, notebook, output="runs/out.ipynb", **parameters):
         "Run a notebook, and return the finished process, whether it failed or not."
         command = self.command(notebook, output, **parameters)
-        where = dict(cwd=self.folder, env=self.env)
-        return subprocess.run(command, **where, capture_output=True, text=True)
+        return self.forks.run(command[1:], self.folder)
 
     def run(self, notebook, output="runs/out.ipynb", **parameters):
         "Run a notebook that must not fail."
@@ -72,9 +72,21 @@ def error(process):
     return process.stderr.strip().splitlines()[-1]
 
 
+LONGEST_FIRST = """run policy_study people_studies small_studies large spread_studies studies
+resilience distributed formats groups""".split()
+
+
+def pytest_collection_modifyitems(items):
+    "Begin with the files that take longest, so that at the end no process waits for another."
+    place = {f"test_{name}": i for i, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
 @pytest.fixture(scope="session")
 def project(tmp_path_factory):
-    return Project(tmp_path_factory.mktemp("project"))
+    project = Project(tmp_path_factory.mktemp("project"))
+    yield project
+    project.forks.stop()
 
 
 @pytest.fixture(scope="session")

@@ -121,7 +121,8 @@ def run_and_kill(runs, die=None, after=None):
         os.kill(process, signal.SIGKILL)
     ended, lock = wait(process), runs / "harmless" / ".lock"
     if lock.exists():
-        FileLock(lock, timeout=10).acquire().release()  # a copy would hold it, too
+        with FileLock(lock, timeout=10):
+            pass  # a copy would hold it, too
     return ended
 
 

@@ -45,20 +45,27 @@ def rated(row, i):
     return ids | dict(first=[], second=[], share=[], rated=[0, 1], rating=[2 + i % 3, i % 4])
 
 
-def train(folder, table, start):
+def train(folder, start):
     "Train as tests/distributed.py does."
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [*start, str(ROOT / "tests" / "distributed.py"), str(folder), table]
+    command = [*start, str(ROOT / "tests" / "distributed.py"), str(folder)]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    "The folder in which one process trained, and then two."
+    folder = tmp_path_factory.mktemp("trained")
+    prepare(folder)
+    train(folder, ALONE)
+    train(folder, TOGETHER)
+    return folder
+
+
 @pytest.mark.parametrize("table", ["pairs", "groups"])
-def test_two_processes_train_as_one(tmp_path, table):
-    prepare(tmp_path)
-    train(tmp_path, table, ALONE)
-    train(tmp_path, table, TOGETHER)
-    one, two = (json.loads((tmp_path / f"{table}{n}.json").read_text()) for n in (1, 2))
+def test_two_processes_train_as_one(trained, table):
+    one, two = (json.loads((trained / f"{table}{n}.json").read_text()) for n in (1, 2))
     assert one["shared"] and two["shared"] and two["ranks"] == 2 and two["equal"]
     assert len(one["losses"]) == len(two["losses"]) == 20
     assert one["losses"][-1] != one["losses"][0]
