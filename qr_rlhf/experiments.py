@@ -181,8 +181,7 @@ def train_networks(
     batch_size: int = 512,  # pairs a step
     learning_rate: float = 4e-3,  # peak; cosine schedule
     weight_decay: float = 0.2,  # of weights; biases have none
-    settings: dict
-    | None = None,  # name → its own (rate, decay), or (rate, decay, of last layer)
+    settings: dict | None = None,  # name → own (rate, decay), or (rate, decay, of last layer)
     seed: int = 0,  # of the order of pairs
     disable_tqdm: bool = False,  # no progress bar
     learners: Learners | None = None,  # networks to train; None: new ones for pairs
@@ -195,7 +194,7 @@ def train_networks(
     best = BestEpoch(valid)
     settings = dict.fromkeys(objectives, (learning_rate, weight_decay)) | (settings or {})
     optimizer = make_optimizer(learners, settings)
-    plain = dict(save_strategy="no", logging_strategy="no", report_to="none")
+    plain: dict = dict(save_strategy="no", logging_strategy="no", report_to="none")
     plain |= dict(remove_unused_columns=False, use_cpu=True, dataloader_pin_memory=False)
     with TemporaryDirectory() as folder:
         args = TrainingArguments(

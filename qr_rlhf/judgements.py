@@ -7,7 +7,7 @@ __all__ = ['MOST', 'find_values', 'nearest', 'number_ratings', 'number_parts', '
            'as_pairs', 'compared_pairs', 'rated_pairs', 'measure', 'count_groups',
            'say_size', 'size_rows', 'group_results', 'advise', 'say_read',
            'say_dropped', 'load_parts', 'decided_pairs', 'prefer_chosen',
-           'as_dialogues']
+           'as_dialogues', 'check_evaluation']
 
 # %% ../nbs/33_judgements.ipynb #cell-3
 from collections import Counter
@@ -245,6 +245,7 @@ def load_parts(
     train, dropped = read(split="train", n=settings.n_train)
     evaluation, dropped_eval = read(split="test", n=settings.n_eval)
     evaluation, left_out = decided_pairs(as_pairs(evaluation), settings.n_eval)
+    check_evaluation(evaluation)
     lost = dict(train=dropped, valid={}, eval=dropped_eval | left_out)
     return train, evaluation, lost
 
@@ -283,3 +284,14 @@ def as_dialogues(
         for row in rows
         for ids in row["response_ids"]
     ]
+
+
+def check_evaluation(pairs: Dataset):
+    "Refuse fewer evaluation pairs than an interval needs, or prompts where it is over them."
+    grouped = "group" in pairs.column_names
+    n, what = (len(set(pairs["group"])), "prompts") if grouped else (len(pairs), "pairs")
+    if n < 12:
+        raise InputError(
+            f"data: {n} {what} are left to evaluate on, but intervals need 12 or more; "
+            "give more pairs, or a test part of its own."
+        )

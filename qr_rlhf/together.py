@@ -39,12 +39,12 @@ class Lines(TextIOBase):
     "In place of standard output: tells each line as soon as it is whole."
 
     def __init__(self, tell: Callable):
-        self.tell, self.begun = tell, ""
+        self.say, self.begun = tell, ""
 
     def write(self, text):
         *lines, self.begun = (self.begun + text).split("\n")
         for line in lines:
-            self.tell("line", line)
+            self.say("line", line)
         return len(text)
 
 # %% ../nbs/37_together.ipynb #cell-12

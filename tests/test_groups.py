@@ -26,6 +26,7 @@ from qr_rlhf.groups import COLUMNS, KINDS, read_group
 from qr_rlhf.judgements import (
     advise,
     as_pairs,
+    check_evaluation,
     count_groups,
     decided_pairs,
     find_values,
@@ -33,7 +34,7 @@ from qr_rlhf.judgements import (
     number_parts,
     number_ratings,
 )
-from qr_rlhf.pipeline import check_evaluation, length_null
+from qr_rlhf.pipeline import length_null
 from qr_rlhf.synthetic import World, truth
 from qr_rlhf.training import rewards_table
 
