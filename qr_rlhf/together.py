@@ -18,10 +18,11 @@ from collections.abc import Callable
 from io import TextIOBase
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from threading import Thread
+from threading import RLock, Thread
 from types import SimpleNamespace
 
 import torch
+from tqdm.auto import tqdm
 from transformers import TrainerCallback, trainer
 
 # %% ../nbs/37_together.ipynb #cell-6
@@ -87,6 +88,7 @@ def work(
 
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    tqdm.set_lock(RLock())  # or else all copies share one, which a killed copy may hold
     sys.stdout = sys.stderr = Lines(tell)
     trainer.DEFAULT_PROGRESS_CALLBACK = Told(tell)
     try:

@@ -1,6 +1,6 @@
 """Train a tiny model on pairs and on groups; started alone or by torchrun.
 
-Writes its loss curves, and says whether all ranks hold equal weights.
+Writes its loss curves, and says whether all ranks hold equal weights (test_distributed.py).
 """
 
 import json

@@ -17,12 +17,14 @@ import tempfile
 import time
 import traceback
 from pathlib import Path
+from threading import RLock
 
 import pandas as pd
 import torch
 from conftest import SMALL
 from filelock import FileLock
 from matplotlib.figure import Figure
+from tqdm.auto import tqdm
 from transformers import Trainer
 
 from qr_rlhf import pipeline, resume
@@ -80,6 +82,7 @@ def start(function, *args, die=None, **environment):
     if process := os.fork():
         return process
     os.setsid()
+    tqdm.set_lock(RLock())  # or else all share one, which a killed process may hold
     os.environ.update(environment)
     for stream in (sys.stdout, sys.stderr):
         os.dup2(LOG.fileno(), stream.fileno())
