@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['OWNED', 'DPL_UNIT', 'DPL_WITHIN', 'VotedWorld', 'PromptWorld', 'scale_cost',
-           'DPLWorld', 'OpposedWorld', 'family', 'draw_rows', 'best_normals']
+           'DPLWorld', 'OpposedWorld', 'family', 'draw_rows', 'stretch_to_fit',
+           'best_normals']
 
 # %% ../nbs/28_families.ipynb #cell-3
 from dataclasses import dataclass
@@ -207,18 +208,27 @@ def draw_rows(
     return Rows(torch.from_numpy(np.stack(x)))
 
 # %% ../nbs/28_families.ipynb #f-22496907
-def best_normals(
-    truth: Truth,  # reward distributions of pairs, `[n, 2, groups]`
+def stretch_to_fit(
+    outputs: torch.Tensor,  # μ and log s of pairs, `[n, 2, 2]`
     p: np.ndarray,  # probability that the first response of each wins, `[n]`
-) -> torch.Tensor:  # μ and log s, `[n, 2, 2]`
-    "Normals with the true means and deviations times two factors: those that forecast best."
-    mean, log_s = (torch.tensor(part) for part in (truth.mean(), np.log(truth.sd())))
+) -> torch.Tensor:  # `[n, 2, 2]`
+    "All means times one factor and all deviations times another: those that forecast best."
     share, objective = torch.from_numpy(p), DistributionalObjective()
 
     def stretched(logs):
+        mean, log_s = outputs.unbind(-1)
         return torch.stack([mean * np.exp(logs[0]), log_s + logs[1]], -1)
 
     def loss(logs):
         return float(objective(*stretched(logs).unbind(1), share))
 
     return stretched(minimize(loss, [0, 0], method="Nelder-Mead").x)
+
+
+def best_normals(
+    truth: Truth,  # reward distributions of pairs, `[n, 2, groups]`
+    p: np.ndarray,  # probability that the first response of each wins, `[n]`
+) -> torch.Tensor:  # μ and log s, `[n, 2, 2]`
+    "Normals with the true means and deviations times two factors: those that forecast best."
+    outputs = np.stack([truth.mean(), np.log(truth.sd())], -1)
+    return stretch_to_fit(torch.tensor(outputs), p)
