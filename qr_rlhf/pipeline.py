@@ -130,7 +130,7 @@ def add_backbone(run: Run):
 
 def write_scratch(folder: Path, pairs: Dataset, settings: Settings):
     "Write a small GPT-2 with random weights, and a tokenizer that is learnt from pairs."
-    texts = [row["prompt"] + response for row in pairs for response in responses_of(row)]
+    texts = (row["prompt"] + response for row in pairs for response in responses_of(row))
     tokenizer = train_tokenizer(texts, settings.vocab_size)
     tokenizer.save_pretrained(folder)
     sizes = (settings.max_length, settings.n_layer, settings.n_embd, settings.n_head)

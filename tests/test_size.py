@@ -51,13 +51,13 @@ def write(path):
 def test_a_large_table_holds_what_a_small_one_does(folder, tmp_path, tokenizer, monkeypatch):
     path = write(tmp_path / "pairs.jsonl.gz")
     large, dropped = load_pairs(path, groups=True)
-    encoded, lost = encode_pairs(large, tokenizer, 60)
+    encoded, lost = encode_pairs(large, tokenizer, 34)
     assert large.cache_files and encoded.cache_files and dropped["equal"] == 1
     parts = split_validation(large)
 
     monkeypatch.setattr(size, "IN_MEMORY", 1000)
     small, gone = load_pairs(path, groups=True)
-    by_hand, too = encode_pairs(small, tokenizer, 60)
+    by_hand, too = encode_pairs(small, tokenizer, 34)
     assert not small.cache_files and not by_hand.cache_files
     assert large.to_list() == small.to_list() and dropped == gone
     assert large.features == small.features and data_hash(large) == data_hash(small)
@@ -74,19 +74,19 @@ def test_a_large_table_holds_what_a_small_one_does(folder, tmp_path, tokenizer, 
 
 def test_ids_are_taken_up_where_nothing_changed(folder, tmp_path, tokenizer, capsys):
     large, _ = load_pairs(write(tmp_path / "pairs.jsonl.gz"))
-    first, lost = encode_pairs(large, tokenizer, 60)
+    first, lost = encode_pairs(large, tokenizer, 34)
     assert "taken up" not in capsys.readouterr().out
-    again, same = encode_pairs(large, tokenizer, 60)
+    again, same = encode_pairs(large, tokenizer, 34)
     assert "taken up" in capsys.readouterr().out
     assert again.to_list() == first.to_list() and same == lost
 
-    encode_pairs(large, tokenizer, 61)
-    encode_pairs(large, train_tokenizer(["ab ab"], 259), 60)
-    encode_pairs(large.select(range(1, len(large))), tokenizer, 60)
+    encode_pairs(large, tokenizer, 35)
+    encode_pairs(large, train_tokenizer(["ab ab"], 259), 34)
+    encode_pairs(large.select(range(1, len(large))), tokenizer, 34)
     assert "taken up" not in capsys.readouterr().out
     for file in folder.glob("*.json"):  # as if it had been killed before it was done
         file.unlink()
-    assert encode_pairs(large, tokenizer, 60)[0].to_list() == first.to_list()
+    assert encode_pairs(large, tokenizer, 34)[0].to_list() == first.to_list()
     assert "taken up" not in capsys.readouterr().out
 
 
