@@ -23,7 +23,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
-ANYWHERE = "seaborn scipy.stats datasets torch papermill.cli nbclient ipywidgets".split()
+ANYWHERE = "seaborn scipy.stats datasets torch papermill nbclient ipywidgets".split()
 IN_A_KERNEL = "transformers.trainer qr_rlhf.experiments qr_rlhf.studies qr_rlhf.rated".split()
 KERNEL = dict(language="python", display_name="Python 3")
 STANDARD_INPUT = 0

@@ -65,13 +65,14 @@ LOG = tempfile.TemporaryFile("w+")  # what the runs print
 
 
 def die_after(owner, name, calls):
-    "Kill the first process after the n-th call of a function in it or in a copy of it."
+    "Kill the first process, and the copy of it that calls a function the n-th time."
     original, count = getattr(owner, name), itertools.count(1)
 
     def function(*args, **kwargs):
         found = original(*args, **kwargs)
         if next(count) == calls:
             os.kill(os.getsid(0), signal.SIGKILL)
+            os.kill(os.getpid(), signal.SIGKILL)  # if this is a copy
         return found
 
     setattr(owner, name, function)
