@@ -194,7 +194,7 @@ def train_networks(
     best = BestEpoch(valid)
     settings = dict.fromkeys(objectives, (learning_rate, weight_decay)) | (settings or {})
     optimizer = make_optimizer(learners, settings)
-    plain = dict(save_strategy="no", logging_strategy="no", report_to="none")
+    plain: dict = dict(save_strategy="no", logging_strategy="no", report_to="none")
     plain |= dict(remove_unused_columns=False, use_cpu=True, dataloader_pin_memory=False)
     with TemporaryDirectory() as folder:
         args = TrainingArguments(

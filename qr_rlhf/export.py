@@ -268,7 +268,7 @@ def model_card(
 ) -> ModelCard:
     "Write the card of a checkpoint of a run."
     config, synthetic = AutoConfig.from_pretrained(folder), settings.data == "synthetic"
-    facts = dict(dataset=hub_id(settings.data), base_model=hub_id(settings.backbone))
+    facts: dict = dict(dataset=hub_id(settings.data), base_model=hub_id(settings.backbone))
     facts |= dict(
         name=f"{results['name']}-{model}-seed{seed}",
         data="embedded synthetic world" if synthetic else Path(settings.data).name,

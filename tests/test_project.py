@@ -13,9 +13,10 @@ from conftest import ROOT
 from nbclient import NotebookClient
 from nbconvert import HTMLExporter
 
-ORDER = """formats groups chat sources backbones data judgements packing model ratings losses
-resume many training analysis figures grammar synthetic families uncertainty bounds large
-settings runs export policy batches library serve pipeline experiments rated studies""".split()
+ORDER = """formats groups chat sources backbones data analysis judgements packing model ratings
+losses resume many training figures grammar synthetic uncertainty bounds large
+settings runs export policy batches library serve pipeline experiments families
+rated studies""".split()
 SHOWN = ["index", "run", "report"]
 NOTEBOOKS = [
     *sorted((ROOT / "nbs").glob("*.ipynb")),
