@@ -99,9 +99,9 @@ def load_pairs(
         if not groups or not any(needs_group(row) for _, row in rows):
             raise
         dropped.clear()
-        kept = list(kept_rows(rows, read_group, *how, dropped))
-        dropped += leave_out_equal(kept)
-        table = make_table(kept, FEATURES)
+        listed = list(kept_rows(rows, read_group, *how, dropped))
+        dropped += leave_out_equal(listed)
+        table = make_table(listed, FEATURES)
     source = data if isinstance(data, str | Path) else "data"
     check_any_left(len(table), dropped, split, source)
     return table, dict(dropped)
@@ -260,13 +260,14 @@ def encode_rows(
     dialogues = [(row["prompt"], responses_of(row)) for row in rows]
     encoded = zip(rows, encode_dialogues(tokenizer, ends, dialogues, max_length), strict=True)
     return [
-        found if isinstance(found, ValueError) else name_ids(row, *found, max_length)
+        found if isinstance(found, ValueError) else name_ids(row, found, max_length)
         for row, found in encoded
     ]
 
 
-def name_ids(row: dict, prompt: list[int], ids: list[list[int]], most: int) -> dict | None:
+def name_ids(row: dict, found: tuple, most: int) -> dict | None:
     "What is added to a row; None if it is too long."
+    prompt, ids = found
     if len(prompt) + max(map(len, ids)) > most:
         return None
     if "responses" in row:

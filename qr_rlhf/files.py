@@ -64,7 +64,7 @@ def file_rows(path: Path) -> Iterator[tuple[str, object]]:
         raise InputError(f"{path}: the file is empty; fetch it again.")
 
 # %% ../nbs/35_files.ipynb #cell-8
-def number_rows(place: str, rows: Iterable) -> Iterator[tuple[str, object]]:
+def number_rows(place: str, rows: Iterable) -> Iterator[tuple]:  # (place, row)
     "Give each row its place."
     return ((f"{place} {i}", row) for i, row in enumerate(rows, start=1))
 

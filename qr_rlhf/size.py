@@ -198,7 +198,8 @@ def first_that_fit(
     max_length: int,  # most tokens in a sequence
 ) -> list:  # of each: ids of the prompt, of each response; or the template's refusal
     "Encode the longest version of each prompt that fits, cut if none does."
-    found, left, n = [None] * len(tries), list(range(len(tries))), 0
+    found: list = [None] * len(tries)
+    left, n = list(range(len(tries))), 0
     while left:
         texts = {}
         for i in left:
@@ -213,16 +214,16 @@ def first_that_fit(
             found[i] = ids, responses, room
         n += 1
         left = [i for i in left if n < len(tries[i][0]) and is_too_long(found[i])]
-    return [one if isinstance(one, ValueError) else close(*one, *ends) for one in found]
+    return [one if isinstance(one, ValueError) else close(*one, ends) for one in found]
 
 
 def is_too_long(found: ValueError | tuple) -> bool:
     return isinstance(found, tuple) and 0 <= found[2] < len(found[0])
 
 
-def close(ids, responses, room, before, after) -> tuple[list[int], list[list[int]]]:
+def close(ids, responses, room, ends) -> tuple[list[int], list[list[int]]]:
     "Cut the start of a prompt that is still too long, and put both ends around."
-    kept = ids[max(len(ids) - max(room, 0), 0) :]
+    kept, (before, after) = ids[max(len(ids) - max(room, 0), 0) :], ends
     return before + kept, [response + after for response in responses]
 
 # %% ../nbs/34_size.ipynb #cell-19

@@ -245,8 +245,7 @@ def check_finite(loss: torch.Tensor, step: int):
     "Raise `FloatingPointError` for a loss that is infinite or not a number."
     if not loss.isfinite():
         raise FloatingPointError(
-            f"the loss is {loss.item()} at step {step}; lower learning_rate, "
-            "or look for extreme values in the data or the objective."
+            f"the loss is {loss.item()} at step {step}; lower learning_rate, or see the data."
         )
 
 # %% ../nbs/03_training.ipynb #cell-34
