@@ -214,16 +214,17 @@ def first_that_fit(
             found[i] = ids, responses, room
         n += 1
         left = [i for i in left if n < len(tries[i][0]) and is_too_long(found[i])]
-    return [one if isinstance(one, ValueError) else close(*one, ends) for one in found]
+    return [one if isinstance(one, ValueError) else close(one, ends) for one in found]
 
 
 def is_too_long(found: ValueError | tuple) -> bool:
     return isinstance(found, tuple) and 0 <= found[2] < len(found[0])
 
 
-def close(ids, responses, room, ends) -> tuple[list[int], list[list[int]]]:
+def close(found: tuple, ends: tuple) -> tuple[list[int], list[list[int]]]:
     "Cut the start of a prompt that is still too long, and put both ends around."
-    kept, (before, after) = ids[max(len(ids) - max(room, 0), 0) :], ends
+    (ids, responses, room), (before, after) = found, ends
+    kept = ids[max(len(ids) - max(room, 0), 0) :]
     return before + kept, [response + after for response in responses]
 
 # %% ../nbs/34_size.ipynb #cell-19
