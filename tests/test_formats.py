@@ -313,7 +313,8 @@ def test_a_broken_file_is_named(name, tmp_path):
 
 
 def test_what_cannot_be_found_is_named(tmp_path):
-    assert "can't be read" in refusal(sources.read_file, tmp_path / "none.json")
+    rows = sources.read_file(tmp_path / "none.json")
+    assert "can't be read" in refusal(list, rows)
     for source in ("./no-such-folder", "no-such-file.jsonl"):
         assert "there is no file or folder" in refusal(load, source)
     assert "neither a file nor a folder nor" in refusal(load, "what is this?")

@@ -91,7 +91,8 @@ def test_a_second_run_in_the_same_kernel_passes():
 
 # errors
 
-COMPUTING = {"analysis", "synthetic", "uncertainty", "training"}  # met by those who program
+# what only those who program meet
+COMPUTING = {"analysis", "rewards", "synthetic", "uncertainty", "training"}
 
 
 def test_errors_about_what_a_person_gave_are_of_one_class():

@@ -563,9 +563,9 @@ def test_readmes_command_takes_votes_and_ratings(project, backbone, tmp_path):
     "Votes and ratings in one JSON file, and README's own-data command."
     path = write(tmp_path / "mixed.json", mixed_rows(160, 60))
     small = dict(epochs=1, batch_size=16, evaluations=2, warmup_steps=2, learning_rate=1e-3)
-    how = dict(profile="paper", name="mine", data=path, backbone=backbone, seeds=0)
-    project.run("run", "runs/mine.ipynb", max_length=400, **how, **small)
-    results = project.results("mine")
+    how = dict(profile="paper", name="mixed", data=path, backbone=backbone, seeds=0)
+    project.run("run", "runs/mixed.ipynb", max_length=400, **how, **small)
+    results = project.results("mixed")
     counts = [results["groups"][part] for part in ("train", "valid")]
     assert (
         results["n_train"] + results["n_valid"] + results["dropped"]["train"]["other_part"]
@@ -577,7 +577,7 @@ def test_readmes_command_takes_votes_and_ratings(project, backbone, tmp_path):
         if kind == "comparisons":
             assert results["n_eval"] == held_out
     assert results["groups"]["rating_values"] == [1, 2, 3, 4, 5]
-    folder = project.folder / "runs" / "mine" / "quantile" / "seed0"
+    folder = project.folder / "runs" / "mixed" / "quantile" / "seed0"
     assert len(AutoConfig.from_pretrained(folder).rating_thresholds) == 4
     card = (folder / "README.md").read_text()
     comparisons, ratings, raters = (

@@ -74,7 +74,7 @@ def test_a_finished_model_is_taken_up_after_one_look_at_each_file(made, monkeypa
         return checksum(path)
 
     monkeypatch.setattr(resume, "checksum", watched)
-    train_models(made.run)
+    train_models(made.run, processes=1)
     assert capsys.readouterr().out.count("taken up, it was finished already") == 2
     folders = made.run.folders().values()
     listed = [len(resume.read_json(f / resume.MANIFEST)["files"]) for f in folders]

@@ -284,28 +284,3 @@ def test_scale_chooses_weight_decay_on_other_worlds_than_it_reports_on(project):
     assert min(results["best"]["spread of response"]) > 1
     findings = json.loads((project.folder / "runs/scale/findings.json").read_text())
     assert set(findings["within"]) == {"as before", "last layer free", "four, last layer free"}
-
-
-@pytest.fixture(scope="module")
-def throughput(project):
-    small = dict(n_layer=1, n_embd=32, n_head=2, vocab_size=400, max_length=128, batch_size=4)
-    project.run("studies/throughput", check=False, n_pairs=64, rounds=2, curve_steps=6, **small)
-    return project.results("throughput")
-
-
-def test_sharing_a_prompt_is_the_same_training(throughput):
-    assert throughput["largest_difference"] < 1e-6 and throughput["curve_difference"] < 1e-6
-
-
-def test_sorting_and_sharing_each_save_tokens(throughput):
-    tokens = throughput["tokens"]
-    assert tokens["needed"] <= tokens["shared"] < tokens["sorted"] < tokens["trl"]
-    assert {row["kind"] for row in throughput["rates"]} == {"trl", "sorted", "shared", "bare"}
-    assert len(throughput["rates"]) == 4 * 2
-
-
-def test_an_interval_holds_its_ratio(throughput):
-    rates = pd.DataFrame(throughput["rates"]).set_index(["kind", "round"]).rate
-    for other, ratio in throughput["ratio"]["float32"].items():
-        assert np.isclose((rates["shared"] / rates[other]).mean(), ratio["value"])
-        assert ratio["low"] <= ratio["value"] <= ratio["high"]
