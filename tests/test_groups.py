@@ -585,6 +585,6 @@ def test_readmes_command_takes_votes_and_ratings(project, backbone, tmp_path):
     )
     trained = f"groups ({comparisons} comparisons, {ratings} ratings by {raters} raters (values"
     assert f"{trained} 1, 2, 3, 4, 5); " in card
-    cells = json.loads((project.folder / "runs" / "mine.ipynb").read_text())["cells"]
+    cells = json.loads((project.folder / "runs" / "mixed.ipynb").read_text())["cells"]
     shown = "".join(str(output) for cell in cells for output in cell.get("outputs", []))
     assert "ratings to train on" in shown and "-p objective distributional" in shown
