@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import ROOT, error
+from scipy.stats import t
 
 from qr_rlhf.formats import InputError
 from qr_rlhf.sources import ENDINGS, read_file, root_path
@@ -14,21 +15,47 @@ from qr_rlhf.sources import ENDINGS, read_file, root_path
 
 @pytest.fixture(scope="module")
 def ablation(project):
-    small = dict(workloads="harmless", seeds="0", varied_seeds="0", n_train=120, n_eval=24)
+    small = dict(workloads="harmless", seeds="0,1", fewer_seeds=1, n_train=120, n_eval=24)
     project.run("studies/ablation", check=False, n_resamples=10, **small)
-    return project.results("ablation")["recipes"]["harmless"]
+    return project.results("ablation")
 
 
-def test_ingredients_follow_from_the_rewards_table(ablation, project):
+@pytest.fixture(scope="module")
+def means(ablation, project):
+    "Mean rewards, a row per recipe, seed and pair."
     rewards = pd.read_parquet(project.folder / "runs" / "ablation" / "harmless/rewards.parquet")
-    means = rewards.groupby(["model", "pair", "side"]).reward.mean().unstack("side")
-    for recipe, measures in ablation.items():
-        chosen, rejected = means.loc[recipe].chosen, means.loc[recipe].rejected
-        right = (chosen > rejected) + (chosen == rejected) / 2
-        assert np.isclose(right.mean(), measures["accuracy"]["value"])
-        pooled = np.concatenate([chosen, rejected])
-        between = ((chosen + rejected) / 2).var(ddof=0) / pooled.var()
-        assert np.isclose(between, measures["offsets"]["value"])
+    by = ["model", "seed", "pair", "side"]
+    return rewards.groupby(by).reward.mean().unstack("side")
+
+
+def accuracies(means):
+    "Accuracy of each recipe and seed."
+    right = (means.chosen > means.rejected) + (means.chosen == means.rejected) / 2
+    return right.groupby(["model", "seed"]).mean()
+
+
+def test_ingredients_follow_from_the_rewards_table(ablation, means):
+    accuracy = accuracies(means)
+    for recipe, measures in ablation["recipes"]["harmless"].items():
+        assert np.isclose(accuracy[recipe].mean(), measures["accuracy"]["value"])
+        offsets = []
+        for _, part in means.loc[recipe].groupby("seed"):
+            pooled = np.concatenate([part.chosen, part.rejected])
+            offsets.append(((part.chosen + part.rejected) / 2).var(ddof=0) / pooled.var())
+        assert np.isclose(np.mean(offsets), measures["offsets"]["value"])
+
+
+def test_what_has_fewer_seeds_borrows_how_much_seeds_differ(ablation, means):
+    accuracy = accuracies(means)
+    one, ten = "one output, label", "ten outputs, label"
+    changes = [(one, "one output"), (ten, "ten outputs"), ("ten outputs", "one output")]
+    changes += [(ten, one), ("ten outputs, shift", "one output")]
+    squares = [(accuracy[after] - accuracy[before]).var() for after, before in changes]
+    by_seeds = t.ppf(0.975, len(changes)) * np.mean(squares) ** 0.5
+    part = ablation["varied"]["N = 1 for 10"]["accuracy"]
+    assert np.isclose(part["value"], accuracy[one][0] - accuracy[ten][0])
+    pairs = np.sqrt((part["high"] - part["value"]) ** 2 - by_seeds**2)
+    assert 0 < pairs < 0.5
 
 
 def test_one_output_and_ten_are_both_among_the_recipes(ablation, project):
@@ -284,3 +311,28 @@ def test_scale_chooses_weight_decay_on_other_worlds_than_it_reports_on(project):
     assert min(results["best"]["spread of response"]) > 1
     findings = json.loads((project.folder / "runs/scale/findings.json").read_text())
     assert set(findings["within"]) == {"as before", "last layer free", "four, last layer free"}
+
+
+@pytest.fixture(scope="module")
+def throughput(project):
+    small = dict(n_layer=1, n_embd=32, n_head=2, vocab_size=400, max_length=128, batch_size=4)
+    project.run("studies/throughput", check=False, n_pairs=64, rounds=2, curve_steps=6, **small)
+    return project.results("throughput")
+
+
+def test_sharing_a_prompt_is_the_same_training(throughput):
+    assert throughput["largest_difference"] < 1e-6 and throughput["curve_difference"] < 1e-6
+
+
+def test_sorting_and_sharing_each_save_tokens(throughput):
+    tokens = throughput["tokens"]
+    assert tokens["needed"] <= tokens["shared"] < tokens["sorted"] < tokens["trl"]
+    assert {row["kind"] for row in throughput["rates"]} == {"trl", "sorted", "shared", "bare"}
+    assert len(throughput["rates"]) == 4 * 2
+
+
+def test_an_interval_holds_its_ratio(throughput):
+    rates = pd.DataFrame(throughput["rates"]).set_index(["kind", "round"]).rate
+    for other, ratio in throughput["ratio"]["float32"].items():
+        assert np.isclose((rates["shared"] / rates[other]).mean(), ratio["value"])
+        assert ratio["low"] <= ratio["value"] <= ratio["high"]

@@ -20,6 +20,7 @@ MEASURES = (
 )
 FEATURES = dict(pairs=1200, paper_pairs=900, curve=600, seeds="0,1", epochs=1, n_test=100)
 TUNING = dict(worlds="0,1", pairs=400, epochs=1, rates="0.002,0.004", decays=0.2, n_test=100)
+TUNING |= dict(beyond=0.008)
 TEXT = dict(n_start=100, n_train=100, n_eval=40, seeds="3,4", check=False)
 
 
@@ -67,6 +68,8 @@ def test_every_objective_is_tuned_alike(project):
     for model, (rate, decay) in said["settings"].items():
         low, high = sum(results["gaps"][model][:2]), sum(results["gaps"][model][2:])
         assert (rate, decay) == (0.002 if low < high else 0.004, 0.2)
+        gained = (min(low, high) - sum(results["beyond"][model])) / 2
+        assert abs(gained - float(said["gain_beyond"][model])) < 0.06
     assert said["pool"] in (0, 0.0001, 0.001, 0.01)
     assert size(project, "tuning/tuning.png") > 1000
 
