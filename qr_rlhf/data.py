@@ -39,15 +39,16 @@ from qr_rlhf.groups import (
     read_group,
     responses_of,
 )
-from .size import column, first_that_fit, list_rows, make_table, remember, split_many
-from qr_rlhf.sources import (
-    Rows,
-    check_request,
-    check_votes,
-    find_rows,
-    rows_in_memory,
-    rows_of,
+from qr_rlhf.size import (
+    Words,
+    column,
+    first_that_fit,
+    list_rows,
+    make_table,
+    remember,
+    split_many,
 )
+from .sources import Rows, check_request, check_votes, find_rows, rows_in_memory, rows_of
 
 # %% ../nbs/00_data.ipynb #cell-7
 def parse_pair(
@@ -244,10 +245,10 @@ def encode_dialogue(
     return found
 
 
-def encode_dialogues(tokenizer, ends, dialogues: list[tuple], max_length: int) -> list:
+def encode_dialogues(tokenizer, ends, dialogues: list[tuple], max_length, words=None) -> list:
     "The same for many prompts with their responses; a refusal stands in its place."
     tries = [(shorter_prompts(prompt), responses) for prompt, responses in dialogues]
-    return first_that_fit(tokenizer, ends, tries, max_length)
+    return first_that_fit(tokenizer, ends, tries, max_length, words)
 
 # %% ../nbs/00_data.ipynb #cell-53
 def encode_rows(
@@ -255,13 +256,14 @@ def encode_rows(
     tokenizer,  # a fast tokenizer of `transformers`
     ends: tuple[list[int], list[int]],  # from `sequence_ends`
     max_length: int,  # most tokens in a sequence
+    words: Words | None = None,  # whose ids are known
 ) -> list[dict | ValueError | None]:  # `prompt_ids`, and `chosen_ids, rejected_ids` or …
     "Token ids of rows; an error where the template refuses one, None where it is too long."
     dialogues = [(row["prompt"], responses_of(row)) for row in rows]
-    encoded = zip(rows, encode_dialogues(tokenizer, ends, dialogues, max_length), strict=True)
+    found = encode_dialogues(tokenizer, ends, dialogues, max_length, words)
     return [
         found if isinstance(found, ValueError) else name_ids(row, found, max_length)
-        for row, found in encoded
+        for row, found in zip(rows, found, strict=True)
     ]
 
 
@@ -289,7 +291,7 @@ def encode_pairs(
         max_length: Most tokens in a sequence (prompt, one response, special tokens).
     """
     dropped, refusals = Counter(), set()
-    how = tokenizer, sequence_ends(tokenizer), max_length
+    how = tokenizer, sequence_ends(tokenizer), max_length, Words(tokenizer)
     one, several = List(Value("int32")), List(List(Value("int32")))
     added = dict(prompt_ids=one, chosen_ids=one, rejected_ids=one)
     if "responses" in pairs.column_names:
