@@ -15,6 +15,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,14 +24,8 @@ from datasets import Dataset, Features, List, Value
 from datasets.utils import tqdm
 
 from .backbones import sequence_ends
-from qr_rlhf.formats import (
-    MARKERS,
-    Dropped,
-    InputError,
-    read_row,
-    split_turns,
-    system_text,
-)
+from .files import in_processes
+from .formats import MARKERS, Dropped, InputError, read_row, split_turns, system_text
 from qr_rlhf.groups import (
     FEATURES,
     leave_out_equal,
@@ -43,6 +38,7 @@ from qr_rlhf.size import (
     Words,
     column,
     first_that_fit,
+    is_large,
     list_rows,
     make_table,
     remember,
@@ -291,17 +287,18 @@ def encode_pairs(
         max_length: Most tokens in a sequence (prompt, one response, special tokens).
     """
     dropped, refusals = Counter(), set()
-    how = tokenizer, sequence_ends(tokenizer), max_length, Words(tokenizer)
+    how = dict(tokenizer=tokenizer, ends=sequence_ends(tokenizer), max_length=max_length)
+    work = partial(encode_rows, **how, words=Words(tokenizer))
     one, several = List(Value("int32")), List(List(Value("int32")))
     added = dict(prompt_ids=one, chosen_ids=one, rejected_ids=one)
     if "responses" in pairs.column_names:
         added = dict(prompt_ids=one, response_ids=several)
 
     def encoded():
-        parts = math.ceil(len(pairs) / 1000)
-        for part in tqdm(pairs.iter(1000), desc="tokenise", total=parts):
-            rows = list_rows(part)
-            for row, ids in zip(rows, encode_rows(rows, *how), strict=True):
+        parts = map(list_rows, pairs.iter(1000))
+        made = in_processes(work, parts, is_large(pairs))
+        for rows, found in tqdm(made, desc="tokenise", total=math.ceil(len(pairs) / 1000)):
+            for row, ids in zip(rows, found, strict=True):
                 if isinstance(ids, dict):
                     yield row | ids
                     continue

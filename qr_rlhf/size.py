@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['IN_MEMORY', 'WORDS', 'MOST_WORDS', 'UNSAFE', 'SAFE', 'BYTES', 'make_table',
-           'write_table', 'hash_file', 'cache_folder', 'column', 'list_rows',
-           'list_lengths', 'safe_cut', 'nowhere', 'before_space', 'before_mark',
-           'Words', 'words_of', 'split_many', 'parts_at_space', 'split_whole',
-           'token_ids', 'seam_ids', 'first_that_fit', 'is_too_long', 'close',
-           'cuts_words', 'remember', 'key_of']
+           'is_large', 'write_table', 'hash_file', 'cache_folder', 'column',
+           'list_rows', 'list_lengths', 'safe_cut', 'nowhere', 'before_space',
+           'before_mark', 'Words', 'words_of', 'split_many', 'parts_at_space',
+           'split_whole', 'token_ids', 'seam_ids', 'first_that_fit', 'is_too_long',
+           'close', 'cuts_words', 'remember', 'key_of']
 
 # %% ../nbs/34_size.ipynb #cell-3
 import hashlib
@@ -49,6 +49,10 @@ def make_table(
     if len(start) > IN_MEMORY:
         return write_table(chain(start, rows), features, path)
     return Dataset.from_dict({n: [row[n] for row in start] for n in features}, features)
+
+
+def is_large(table: Dataset) -> bool:
+    return len(table) > IN_MEMORY
 
 
 def write_table(rows: Iterator[dict], features: Features, path: Path | None) -> Dataset:
@@ -311,7 +315,7 @@ def remember(
     max_length: int,  # most tokens in a sequence
 ) -> tuple[Dataset, dict]:
     "Make a table from a large one, or take the one that was made before."
-    if len(table) <= IN_MEMORY:
+    if not is_large(table):
         return make(None)
     path = cache_folder() / f"{key_of(table, tokenizer, max_length)}.arrow"
     told, begun = path.with_suffix(".json"), path.with_suffix(f".{os.getpid()}")
