@@ -8,6 +8,7 @@ __all__ = ['ENDINGS', 'LARGE', 'WORK', 'Rows', 'read_file', 'file_rows', 'number
            'aside', 'cores', 'bytes_of', 'in_processes', 'begin_process', 'do_work']
 
 # %% ../nbs/35_files.ipynb #cell-3
+import gc
 import gzip
 import json
 import os
@@ -177,6 +178,7 @@ def in_processes(
 
 
 def begin_process():
+    gc.freeze()  # what is there already is not looked through again and again
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads don't outlive a fork
 
 

@@ -29,6 +29,7 @@ import pyarrow.compute as pc
 import tokenizers
 import transformers
 from datasets import Dataset, Features
+from datasets.table import InMemoryTable
 
 import qr_rlhf
 from .formats import apply_template
@@ -48,7 +49,7 @@ def make_table(
     features = features or Dataset.from_list(start[:1]).features
     if len(start) > IN_MEMORY:
         return write_table(chain(start, rows), features, path)
-    return Dataset.from_dict({n: [row[n] for row in start] for n in features}, features)
+    return Dataset(InMemoryTable.from_pylist(start, schema=features.arrow_schema))
 
 
 def is_large(table: Dataset) -> bool:
@@ -161,7 +162,7 @@ def before_mark(prompt: str, mark: re.Pattern, longest: int) -> int:
 # %% ../nbs/34_size.ipynb #size-words-2
 MOST_WORDS = 300_000  # that are kept
 UNSAFE = re.compile("[^!-~] ")
-SAFE = re.compile("(?<=[!-~])(?= )")
+SAFE = re.compile("(?<=[!-~]) ")
 
 
 class Words:
@@ -171,25 +172,30 @@ class Words:
         self,
         tokenizer,  # one whose texts may be cut by `before_space`
     ):
-        self.tokenizer, self.known = tokenizer, {}
+        self.tokenizer, self.starts, self.spaced = tokenizer, {"": []}, {}
 
     def __call__(self, texts: list[str]) -> Iterator[list[int]]:
         "The token ids of each text."
-        if len(self.known) > MOST_WORDS:
-            self.known = {}
+        if len(self.starts) + len(self.spaced) > MOST_WORDS:
+            self.starts, self.spaced = {"": []}, {}
         parted = [words_of(text) for text in texts]
-        new = list(set(chain.from_iterable(parted)) - self.known.keys())
-        self.known.update(zip(new, token_ids(self.tokenizer, new), strict=True))
-        for words in parted:
-            yield list(chain.from_iterable(map(self.known.__getitem__, words)))
+        self.learn(self.starts, (start for start, _ in parted))
+        self.learn(self.spaced, chain.from_iterable(words for _, words in parted), " ")
+        for start, words in parted:
+            found = map(self.spaced.__getitem__, words)
+            yield [*self.starts[start], *chain.from_iterable(found)]
+
+    def learn(self, known: dict[str, list[int]], words: Iterable[str], before: str = ""):
+        "Tokenise those that were not met yet."
+        new = list({word for word in words if word not in known})
+        ids = token_ids(self.tokenizer, [before + word for word in new])
+        known.update(zip(new, ids, strict=True))
 
 
-def words_of(text: str) -> list[str]:
-    "The parts of a text between places where it may be cut."
-    if UNSAFE.search(text):
-        return [word for word in SAFE.split(text) if word]
-    first, *rest = text.split(" ")
-    return ([first] if first else []) + [f" {word}" for word in rest]
+def words_of(text: str) -> tuple[str, list[str]]:
+    "A text's start, and what follows each space at which it may be cut."
+    start, *words = SAFE.split(text) if UNSAFE.search(text) else text.split(" ")
+    return start, words
 
 # %% ../nbs/34_size.ipynb #cell-16
 def split_many(
