@@ -284,3 +284,9 @@ def test_scale_chooses_weight_decay_on_other_worlds_than_it_reports_on(project):
     assert min(results["best"]["spread of response"]) > 1
     findings = json.loads((project.folder / "runs/scale/findings.json").read_text())
     assert set(findings["within"]) == {"as before", "last layer free", "four, last layer free"}
+
+
+def test_how_large_the_data_may_be(project):
+    project.run("studies/size", check=False, sizes="150,300")
+    findings = json.loads((project.folder / "runs" / "size" / "findings.json").read_text())
+    assert set(findings["seconds"]) == {"150", "300"} and findings["pairs"] == 300
