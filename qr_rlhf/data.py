@@ -198,8 +198,8 @@ def data_hash(
     for table in tables:
         names = [name for name in HASHED if name in table.column_names]
         for part in table.select_columns(names).iter(1000):
-            for row in list_rows(part):
-                digest.update(json.dumps(list(row.values())).encode() + b"\n")
+            for told in zip(*part.values(), strict=True):
+                digest.update(json.dumps(told).encode() + b"\n")
         digest.update(b"\n")
     return digest.hexdigest()[:16]
 

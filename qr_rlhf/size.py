@@ -187,7 +187,7 @@ class Words:
 
     def learn(self, known: dict[str, list[int]], words: Iterable[str], before: str = ""):
         "Tokenise those that were not met yet."
-        new = list({word for word in words if word not in known})
+        new = list(set(words) - known.keys())
         ids = token_ids(self.tokenizer, [before + word for word in new])
         known.update(zip(new, ids, strict=True))
 
