@@ -15,6 +15,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,14 +24,8 @@ from datasets import Dataset, Features, List, Value
 from datasets.utils import tqdm
 
 from .backbones import sequence_ends
-from qr_rlhf.formats import (
-    MARKERS,
-    Dropped,
-    InputError,
-    read_row,
-    split_turns,
-    system_text,
-)
+from .files import in_processes
+from .formats import MARKERS, Dropped, InputError, read_row, split_turns, system_text
 from qr_rlhf.groups import (
     FEATURES,
     leave_out_equal,
@@ -39,15 +34,17 @@ from qr_rlhf.groups import (
     read_group,
     responses_of,
 )
-from .size import column, first_that_fit, list_rows, make_table, remember, split_many
-from qr_rlhf.sources import (
-    Rows,
-    check_request,
-    check_votes,
-    find_rows,
-    rows_in_memory,
-    rows_of,
+from qr_rlhf.size import (
+    Words,
+    column,
+    first_that_fit,
+    is_large,
+    list_rows,
+    make_table,
+    remember,
+    split_many,
 )
+from .sources import Rows, check_request, check_votes, find_rows, rows_in_memory, rows_of
 
 # %% ../nbs/00_data.ipynb #cell-7
 def parse_pair(
@@ -201,8 +198,8 @@ def data_hash(
     for table in tables:
         names = [name for name in HASHED if name in table.column_names]
         for part in table.select_columns(names).iter(1000):
-            for row in list_rows(part):
-                digest.update(json.dumps(list(row.values())).encode() + b"\n")
+            for told in zip(*part.values(), strict=True):
+                digest.update(json.dumps(told).encode() + b"\n")
         digest.update(b"\n")
     return digest.hexdigest()[:16]
 
@@ -244,10 +241,10 @@ def encode_dialogue(
     return found
 
 
-def encode_dialogues(tokenizer, ends, dialogues: list[tuple], max_length: int) -> list:
+def encode_dialogues(tokenizer, ends, dialogues: list[tuple], max_length, words=None) -> list:
     "The same for many prompts with their responses; a refusal stands in its place."
     tries = [(shorter_prompts(prompt), responses) for prompt, responses in dialogues]
-    return first_that_fit(tokenizer, ends, tries, max_length)
+    return first_that_fit(tokenizer, ends, tries, max_length, words)
 
 # %% ../nbs/00_data.ipynb #cell-53
 def encode_rows(
@@ -255,13 +252,14 @@ def encode_rows(
     tokenizer,  # a fast tokenizer of `transformers`
     ends: tuple[list[int], list[int]],  # from `sequence_ends`
     max_length: int,  # most tokens in a sequence
+    words: Words | None = None,  # whose ids are known
 ) -> list[dict | ValueError | None]:  # `prompt_ids`, and `chosen_ids, rejected_ids` or …
     "Token ids of rows; an error where the template refuses one, None where it is too long."
     dialogues = [(row["prompt"], responses_of(row)) for row in rows]
-    encoded = zip(rows, encode_dialogues(tokenizer, ends, dialogues, max_length), strict=True)
+    found = encode_dialogues(tokenizer, ends, dialogues, max_length, words)
     return [
         found if isinstance(found, ValueError) else name_ids(row, found, max_length)
-        for row, found in encoded
+        for row, found in zip(rows, found, strict=True)
     ]
 
 
@@ -289,17 +287,18 @@ def encode_pairs(
         max_length: Most tokens in a sequence (prompt, one response, special tokens).
     """
     dropped, refusals = Counter(), set()
-    how = tokenizer, sequence_ends(tokenizer), max_length
+    how = dict(tokenizer=tokenizer, ends=sequence_ends(tokenizer), max_length=max_length)
+    work = partial(encode_rows, **how, words=Words(tokenizer))
     one, several = List(Value("int32")), List(List(Value("int32")))
     added = dict(prompt_ids=one, chosen_ids=one, rejected_ids=one)
     if "responses" in pairs.column_names:
         added = dict(prompt_ids=one, response_ids=several)
 
     def encoded():
-        parts = math.ceil(len(pairs) / 1000)
-        for part in tqdm(pairs.iter(1000), desc="tokenise", total=parts):
-            rows = list_rows(part)
-            for row, ids in zip(rows, encode_rows(rows, *how), strict=True):
+        parts = map(list_rows, pairs.iter(1000))
+        made = in_processes(work, parts, is_large(pairs))
+        for rows, found in tqdm(made, desc="tokenise", total=math.ceil(len(pairs) / 1000)):
+            for row, ids in zip(rows, found, strict=True):
                 if isinstance(ids, dict):
                     yield row | ids
                     continue

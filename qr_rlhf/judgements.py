@@ -7,7 +7,7 @@ __all__ = ['MOST', 'find_values', 'nearest', 'number_ratings', 'number_parts', '
            'as_pairs', 'compared_pairs', 'rated_pairs', 'measure', 'count_groups',
            'say_size', 'size_rows', 'group_results', 'advise', 'say_read',
            'say_dropped', 'load_parts', 'decided_pairs', 'prefer_chosen',
-           'as_dialogues', 'check_evaluation']
+           'as_dialogues', 'check_evaluation', 'Dialogues']
 
 # %% ../nbs/33_judgements.ipynb #cell-3
 from collections import Counter
@@ -20,7 +20,9 @@ from datasets import Dataset, Features, List, Value
 
 from .analysis import auroc, crossing_rate, ece, reliability, win_logprob
 from .data import hash_share, load_pairs
+from .files import aside
 from .formats import InputError
+from .size import list_lengths
 
 # %% ../nbs/33_judgements.ipynb #cell-7
 MOST = 10  # categories
@@ -242,8 +244,9 @@ def load_parts(
     "Load what a run trains and evaluates on, and count what is dropped of each part."
     choice = dict(subsets=settings.subsets, splits=settings.splits, groups=True)
     read = partial(load_pairs, source, settings.workload, **choice)
-    train, dropped = read(split="train", n=settings.n_train)
-    evaluation, dropped_eval = read(split="test", n=settings.n_eval)
+    with aside(source, partial(read, split="test", n=settings.n_eval)) as test_part:
+        train, dropped = read(split="train", n=settings.n_train)
+        evaluation, dropped_eval = test_part()
     evaluation, left_out = decided_pairs(as_pairs(evaluation), settings.n_eval)
     check_evaluation(evaluation)
     lost = dict(train=dropped, valid={}, eval=dropped_eval | left_out)
@@ -295,3 +298,27 @@ def check_evaluation(pairs: Dataset):
             f"data: {n} {what} are left to evaluate on, but intervals need 12 or more; "
             "give more pairs, or a test part of its own."
         )
+
+# %% ../nbs/33_judgements.ipynb #cell-23
+class Dialogues:
+    "Prompts with their chosen responses, as one sequence each."
+
+    def __init__(
+        self,
+        table: Dataset | list[dict],  # rows with `prompt_ids, chosen_ids`
+    ):
+        ids = ["prompt_ids", "chosen_ids"]
+        self.rows = table.select_columns(ids) if isinstance(table, Dataset) else table
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> dict[str, list[int]]:
+        row = self.rows[i]
+        return dict(input_ids=row["prompt_ids"] + row["chosen_ids"])
+
+    def lengths(self) -> np.ndarray:
+        "Tokens of each."
+        if isinstance(self.rows, Dataset):
+            return list_lengths(self.rows, "prompt_ids") + list_lengths(self.rows, "chosen_ids")
+        return np.array([len(row["prompt_ids"] + row["chosen_ids"]) for row in self.rows])

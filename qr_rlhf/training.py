@@ -30,6 +30,7 @@ from transformers import (
 
 from .backbones import fuse_activations, local_or_hub
 from .formats import InputError
+from .judgements import Dialogues
 from .losses import Objective, check_objective, usual_objective
 from qr_rlhf.many import (
     GROUP_COLUMNS,
@@ -45,7 +46,6 @@ from qr_rlhf.many import (
 )
 from .model import RewardDistribution, quantile_levels, read_quantiles
 from .packing import can_share, check_lengths, row_lengths, shared_quantiles
-from .size import Dialogues
 
 # %% ../nbs/03_training.ipynb #cell-11
 class LengthSampler(Sampler):

@@ -336,3 +336,9 @@ def test_an_interval_holds_its_ratio(throughput):
     for other, ratio in throughput["ratio"]["float32"].items():
         assert np.isclose((rates["shared"] / rates[other]).mean(), ratio["value"])
         assert ratio["low"] <= ratio["value"] <= ratio["high"]
+
+
+def test_how_large_the_data_may_be(project):
+    project.run("studies/size", check=False, sizes="150,300")
+    findings = json.loads((project.folder / "runs" / "size" / "findings.json").read_text())
+    assert set(findings["seconds"]) == {"150", "300"} and findings["pairs"] == 300
