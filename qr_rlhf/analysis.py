@@ -19,7 +19,7 @@ from scipy.special import log_expit, logsumexp
 from scipy.stats import entropy, norm, rankdata, wasserstein_distance
 from scipy.stats import t as student_t
 
-from .rewards import MOST, check_rewards, narrow, smooth_many
+from .rewards import MOST_SINGLY, check_rewards, narrow, smooth_many
 
 # %% ../nbs/04_analysis.ipynb #cell-6
 MODELS = ("scalar", "quantile")  # the two reward models of a run
@@ -46,7 +46,7 @@ def kde_logpdf(
     "Log density of a Gaussian KDE; Scott's bandwidth of the whole sample (0.001 if constant)."
     weights = np.full((len(sample), 1), 1 / len(sample)) if weights is None else weights
     h = sample.std(ddof=1) * len(sample) ** -0.2 if np.ptp(sample) > 0 else 1e-3
-    if len(sample) > MOST and weights.shape[1] == 1:
+    if len(sample) > MOST_SINGLY and weights.shape[1] == 1:
         return smooth_many(points, sample, weights[:, 0], h)[:, None]
     parts = []
     for part in np.array_split(points, len(points) // 500 + 1):
@@ -315,7 +315,9 @@ def evaluate(
 
 def sampled_pairs(n: int) -> np.ndarray:
     "Which pairs the intervals come from: all, or of very many some at random."
-    return np.random.default_rng(0).permutation(n)[:MOST] if n > MOST else np.arange(n)
+    if n <= MOST_SINGLY:
+        return np.arange(n)
+    return np.random.default_rng(0).permutation(n)[:MOST_SINGLY]
 
 
 def on_samples(quantiles, some, samples, lengths, link) -> pd.DataFrame:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GROUPS', 'WEIGHTS', 'TASTES', 'OWNERSHIP', 'SEVERITY', 'UNKNOWN', 'JUDGES', 'NODES',
-           'NODE_WEIGHTS', 'SIDES', 'SHAPES', 'WITHIN', 'MOST', 'Truth',
+           'NODE_WEIGHTS', 'SIDES', 'SHAPES', 'WITHIN', 'MOST_DIVISION', 'Truth',
            'mixture_quantiles', 'check_levels', 'taste_of', 'truth', 'group_means',
            'win_probability', 'check_choice', 'World', 'check_rows', 'truths',
            'VectorWorld', 'FeatureWorld', 'random_function', 'random_truth',
@@ -277,7 +277,7 @@ SHAPES = {  # shares and offsets of the groups
     "mirror": ([0.5, 0.5], [-1.0, 1.0]),
 }
 WITHIN = 0.4  # standard deviation within a group
-MOST = 3.0  # the largest division
+MOST_DIVISION = 3.0
 
 
 @dataclass(frozen=True)
@@ -294,9 +294,9 @@ class FeatureWorld(VectorWorld):
         "Reward distributions of responses `[..., 8]`."
         x = np.asarray(x, float)
         mean = 1.2 * x[..., 0] + 0.8 * np.sin(2 * x[..., 1]) + 0.6 * x[..., 2] * x[..., 3]
-        division = MOST * expit(1.5 * x[..., 4] + x[..., 5] - 0.5 * x[..., 0])
+        division = MOST_DIVISION * expit(1.5 * x[..., 4] + x[..., 5] - 0.5 * x[..., 0])
         if self.shape == "mirror":
-            division = MOST - division
+            division = MOST_DIVISION - division
         shares, offsets = (np.array(part) for part in SHAPES[self.shape])
         means = mean[..., None] + division[..., None] * offsets
         return Truth(np.broadcast_to(shares, means.shape), means, np.full_like(means, WITHIN))
@@ -330,7 +330,7 @@ def random_truth(
     turn = rng.uniform(0, 2 * np.pi)
     parts = (np.asarray(part, float) for part in (x, features, features))
     mean, division, angle = (random_function(rng, k.shape[-1])(k)[..., None] for k in parts)
-    division = MOST * expit(steepness * division)
+    division = MOST_DIVISION * expit(steepness * division)
     angles = angle + turn + 2 * np.pi * np.arange(3) / 3
     means = size * mean + division * np.sqrt(2) * np.cos(angles)
     return Truth(np.full_like(means, 1 / 3), means, np.full_like(means, within))
