@@ -192,12 +192,15 @@ class DistributionalObjective(Objective):
         family: `normal`: outputs are μ and log s; `free`: the quantiles in any order.
         pool: Weight of the variance of log s over a batch; 0: none.
         n: Quantiles, N.
+        link: `distributional`, or `mean`: votes teach the means only.
+        hold: Weight of the mean square of log s, which keeps s near 1; 0: none.
     """
 
     family: str = "normal"
     pool: float = 0.0
     n: int = 10
-    link = "distributional"
+    link: str = "distributional"
+    hold: float = 0.0
 
     def quantiles(self, outputs: torch.Tensor) -> torch.Tensor:
         "The predicted quantiles in order, `[..., N]`."
@@ -207,19 +210,26 @@ class DistributionalObjective(Objective):
 
     def log_win(self, chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
         "Log probability that the chosen response wins, `[..., batch]`."
-        return -distributional_bradley_terry(self.quantiles(chosen), self.quantiles(rejected))
+        chosen, rejected = self.quantiles(chosen), self.quantiles(rejected)
+        if self.link == "mean":
+            return -bradley_terry(chosen.mean(-1), rejected.mean(-1))
+        return -distributional_bradley_terry(chosen, rejected)
 
     def penalty(self, chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor | float:
-        "The pool: weighted variance of log s over the batch, `[...]`."
-        if self.family != "normal" or not self.pool:
+        "Weighted variance and mean square of log s over the batch, `[...]`."
+        if self.family != "normal" or not (self.pool or self.hold):
             return 0.0
         log_scales = torch.cat([chosen[..., 1], rejected[..., 1]], -1).float()
-        return self.pool * log_scales.var(-1)
+        return self.pool * log_scales.var(-1) + self.hold * log_scales.square().mean(-1)
 
     def __post_init__(self):
         check_choice("family", self.family, ("normal", "free"))
-        if self.pool < 0:
-            raise InputError(f"pool: {self.pool} was given; it may not be negative.")
+        check_choice("link", self.link, ("mean", "distributional"))
+        if self.pool < 0 or self.hold < 0:
+            raise InputError(
+                f"pool and hold: {self.pool} and {self.hold} were given; "
+                "neither may be negative."
+            )
 
 # %% ../nbs/02_losses.ipynb #cell-60
 def difference_scale(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
@@ -314,7 +324,8 @@ def usual_objective(
     if family == "categorical":
         return CategoricalDPL(len(config.quantile_levels))
     if family:
-        return DistributionalObjective(family, n=len(config.quantile_levels))
+        n, link = len(config.quantile_levels), read_link(config) or "distributional"
+        return DistributionalObjective(family, n=n, link=link)
     if config.num_labels == 1:
         return PaperObjective(target="none")
     return PaperObjective(link=read_link(config) or "mean")

@@ -123,7 +123,10 @@ class Settings:
     chosen_label: float = setting("target label: value for the chosen response", 1.0)
     rejected_label: float = setting("target label: value for the rejected response", -1.0)
     margin: float = setting("target shift: how far chosen should lie above rejected", 1.0)
-    link: str = setting("paper: mean of the quantiles enters eq. 1, or distributional", "mean")
+    link: str | None = setting(
+        "what a vote compares: mean or distributional (None: the objective's own)"
+    )
+    hold: float = setting("distributional, normal: weight of the mean square of log s", 0.0)
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -133,12 +136,17 @@ class Settings:
     def make_objective(self) -> Objective:
         "The quantile model's objective."
         if self.objective == "distributional":
-            return DistributionalObjective(self.family, self.pool, self.n_quantiles)
+            return self.fill(DistributionalObjective, n=self.n_quantiles)
         if self.objective == "paper":
-            names = [field.name for field in dataclasses.fields(PaperObjective)]
-            return PaperObjective(**{name: getattr(self, name) for name in names})
+            return self.fill(PaperObjective)
         named: Any = OBJECTIVES[self.objective][0]
         return dataclasses.replace(named, n=self.n_quantiles)
+
+    def fill(self, objective: type[Objective], **known) -> Objective:
+        "An objective with the settings that bear its parameters' names, where they are given."
+        names = [f.name for f in dataclasses.fields(objective) if f.name not in known]
+        values = {name: getattr(self, name) for name in names}
+        return objective(**known, **{k: v for k, v in values.items() if v is not None})
 
 # %% ../nbs/09_settings.ipynb #cell-10
 def check_value(field: dataclasses.Field, value: object):

@@ -103,6 +103,24 @@ def test_the_pool_is_the_variance_of_log_s():
     assert torch.isclose(difference, torch.cat([chosen[:, 1], rejected[:, 1]]).var())
 
 
+def test_hold_is_the_mean_square_of_log_s():
+    chosen, rejected = pairs(DistributionalObjective())
+    held, plain = DistributionalObjective(hold=1.0), DistributionalObjective()
+    difference = held(chosen, rejected) - plain(chosen, rejected)
+    assert torch.isclose(difference, torch.cat([chosen[:, 1], rejected[:, 1]]).square().mean())
+
+
+def test_with_the_mean_link_votes_leave_the_spread_alone():
+    chosen, rejected = (
+        outputs.requires_grad_() for outputs in pairs(DistributionalObjective())
+    )
+    loss = DistributionalObjective(link="mean")(chosen, rejected)
+    loss.backward()
+    assert torch.isclose(loss, bradley_terry(chosen[:, 0], rejected[:, 0]).mean())
+    for outputs in (chosen, rejected):
+        assert outputs.grad[:, 0].abs().min() > 1e-3 and outputs.grad[:, 1].abs().max() < 1e-6
+
+
 def test_peers_against_what_defines_them():
     a, b = torch.tensor([0.8, math.log(2.0)]), torch.tensor([0.0, math.log(0.5)])
     for peer in (PURM(), NormalDPL()):
@@ -165,7 +183,9 @@ def test_every_named_objective_takes_its_number_of_outputs():
         (PaperObjective, dict(kappa=-1), "neither may be negative"),
         (PaperObjective, dict(weight=-1), "neither may be negative"),
         (DistributionalObjective, dict(family="wide"), "choose one of normal"),
-        (DistributionalObjective, dict(pool=-1), "may not be negative"),
+        (DistributionalObjective, dict(pool=-1), "neither may be negative"),
+        (DistributionalObjective, dict(hold=-1), "neither may be negative"),
+        (DistributionalObjective, dict(link="median"), "choose one of mean"),
     ],
 )
 def test_wrong_options_are_refused(kind, options, message):

@@ -88,6 +88,7 @@ def test_a_model_that_is_read_otherwise_is_not_trained(make, objective, head):
         (None, dict(n=1), "mean"),
         (PaperObjective(link="distributional"), dict(n=10), "distributional"),
         (None, dict(n=10, family="normal"), "distributional"),
+        (DistributionalObjective(link="mean"), dict(n=10, family="normal"), "mean"),
         (PURM(), dict(n=10, family="normal"), "distributional"),
         (NormalDPL(), dict(n=10, family="normal"), None),
     ],
