@@ -132,7 +132,7 @@ def aside(
     source: object,  # that is read
     read: Callable,  # without arguments
 ) -> Iterator[Callable]:  # fetches what was read
-    "Within this context a large source is read in another process; else when it is fetched."
+    "Read a large source in another process within this context, a small one when fetched."
     large = isinstance(source, str | Path) and bytes_of(Path(source).expanduser()) > LARGE
     if not large or cores() < 2:
         yield read
@@ -171,10 +171,10 @@ def in_processes(
         for part in parts:
             waiting.append((part, pool.apply_async(do_work, (part,))))
             if len(waiting) > 2 * cores():
-                part, made = waiting.popleft()
-                yield part, made.get()
-        for part, made in waiting:
-            yield part, made.get()
+                oldest, made = waiting.popleft()
+                yield oldest, made.get()
+        for oldest, made in waiting:
+            yield oldest, made.get()
 
 
 def begin_process():

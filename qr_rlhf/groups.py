@@ -60,7 +60,9 @@ def needs_group(
     if not isinstance(row, dict):
         return False
     given = {name for name, value in row.items() if value is not None}
-    return not given.isdisjoint(KINDS if given.isdisjoint(SIDES) else BESIDE)
+    is_pair = not given.isdisjoint(SIDES)
+    more = BESIDE if is_pair else KINDS
+    return not given.isdisjoint(more)
 
 # %% ../nbs/29_groups.ipynb #cell-11
 def read_group(
@@ -197,15 +199,16 @@ def read_votes(votes: Any, n: int, where: str) -> list[tuple[int, int, float]]:
     "Comparisons by votes: which was preferred to which, by what share of the votes."
     found = []
     for k, vote in enumerate(each_of(votes, "votes", None, where)):
-        parts = [*vote, 1.0][:3] if isinstance(vote, list) and len(vote) in (2, 3) else []
-        fits = all(map(is_number, parts)) and {*parts[:2]} <= {*range(n)}
-        if not fits or len({*parts[:2]}) < 2 or not 0 <= parts[2] <= 1:
+        fits = isinstance(vote, list) and len(vote) in (2, 3) and all(map(is_number, vote))
+        first, second, share = [*vote, 1.0][:3] if fits else (None, None, None)
+        fits = fits and first != second and {first, second} <= {*range(n)}
+        if not fits or not 0 <= share <= 1:
             raise InputError(
                 f"{where}: votes[{k}] is {reprlib.repr(vote)}; it must be [preferred, other], "
                 f"two different places in 'responses', 0 to {n - 1}, and third, where it is "
                 "known, the share of votes for the first, from 0 to 1."
             )
-        found.append((int(parts[0]), int(parts[1]), float(parts[2])))
+        found.append((int(first), int(second), float(share)))
     return found
 
 
@@ -259,7 +262,7 @@ def read_raters(row: dict, where: str) -> list[str]:
     ):
         raise InputError(
             f"{where}: the field 'rater' has {len(names)} names for {len(given)} ratings; give "
-            "one for each, or a single name."
+            "one for each, or one string for all."
         )
     names = names if isinstance(names, list) else [names]
     return [str(name) for name in names if name is not None and name == name]
@@ -324,8 +327,8 @@ def read_again(row: dict, where: str) -> dict:
     if not whole or not all(map(is_number, [*rated, *rating])) or not {*rated} <= {*range(n)}:
         raise InputError(
             f"{where}: this has the columns of a table of groups, but 'first', 'second' and "
-            "'share' differ in length, or 'rated' and 'rating' do, or 'rated' holds no places "
-            f"from 0 to {n - 1}; give the table as load_pairs made it."
+            "'share' differ in length, or 'rated' and 'rating' do, or 'rated' has other values "
+            f"than places from 0 to {n - 1}; give the table as load_pairs made it."
         )
     read_votes([list(vote) for vote in zip(*votes, strict=True)], n, where)
     check_text(row.get("prompt"), where, "the field 'prompt'")

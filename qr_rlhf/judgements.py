@@ -97,8 +97,8 @@ def as_pairs(
     pairs, prompts = list(by(table)), {prompt: i for i, prompt in enumerate(table["prompt"])}
     if all(pair["share"] == 0.5 for pair in pairs):
         raise InputError(
-            f"data: in {len(table)} rows no response is preferred to another to the same "
-            "prompt, by votes or by ratings, so that nothing can be evaluated; give pairs too, "
+            f"data: nothing can be evaluated: in {len(table)} rows neither votes nor ratings "
+            "prefer one response to another of the same prompt; give pairs too, "
             "or rate several responses to one prompt."
         )
     return Dataset.from_list([pair | dict(group=prompts[pair["prompt"]]) for pair in pairs])
@@ -234,7 +234,7 @@ def say_read(
 def say_dropped(dropped: dict[str, int]) -> None:
     if dropped:
         reasons = ", ".join(f"{n} {reason}" for reason, n in dropped.items())
-        print(f"pairs that can't be used: {reasons}")
+        print(f"left out: {reasons}")
 
 # %% ../nbs/33_judgements.ipynb #api31-load
 def load_parts(
@@ -256,7 +256,7 @@ def load_parts(
 def decided_pairs(
     pairs: Dataset,  # from `as_pairs`, or a source's own
     n: int | None = None,  # most pairs, chosen by a hash; None: all
-) -> tuple[Dataset, dict[str, int]]:  # in their order, preferred side first; how many go
+) -> tuple[Dataset, dict[str, int]]:  # preferred side first; why and how many are left out
     "The pairs with a side that most people preferred; without votes nothing changes."
     if "share" not in pairs.column_names:
         return pairs, {}
@@ -290,7 +290,7 @@ def as_dialogues(
 
 
 def check_evaluation(pairs: Dataset):
-    "Refuse fewer evaluation pairs than an interval needs, or prompts where it is over them."
+    "Refuse fewer pairs than an interval needs; of groups, fewer prompts."
     grouped = "group" in pairs.column_names
     n, what = (len(set(pairs["group"])), "prompts") if grouped else (len(pairs), "pairs")
     if n < 12:

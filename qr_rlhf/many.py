@@ -133,8 +133,8 @@ def group_loss(
 def make_scale(
     config,  # of a reward model
     *tables: Dataset | None,  # encoded pairs or groups: trained on, validated on
-) -> RatingScale | None:  # None where there are no ratings
-    "A scale for the ratings of some tables: the model's own, if it has one."
+) -> RatingScale | None:  # None without ratings, or if neither model nor training has a scale
+    "A rating scale: the model's own, or a new one by the shares of the ratings."
     groups = [table for table in tables if has_groups(table)]
     ratings = [rating for table in groups for row in table["rating"] for rating in row]
     if not ratings:

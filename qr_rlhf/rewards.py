@@ -70,10 +70,10 @@ def smooth_many(
 
 # %% ../nbs/36_rewards.ipynb #cell-12
 def narrow(
-    halves: pd.DataFrame,  # statistics on half-samples of some of the pairs
-    whole: pd.DataFrame,  # the same on all pairs, one row
-    share: float,  # of all pairs that are among the some
-) -> pd.DataFrame:  # of all pairs, and of what half-samples of all would be like
+    halves: pd.DataFrame,  # of the pairs drawn: row 0 on all of them, then on half-samples
+    whole: pd.DataFrame,  # the same statistics on all pairs, one row
+    share: float,  # of all pairs that were drawn
+) -> pd.DataFrame:  # as `halves`, but for all pairs
     "Shrink deviations of half-samples to those of a larger number of pairs."
     around = halves - halves.iloc[1:].mean()
     found = whole.iloc[0] + around * np.sqrt(share)

@@ -207,15 +207,14 @@ def split_many(
     texts, cut = list(texts), safe_cut(tokenizer)
     if cut is not before_space:
         return split_whole(tokenizer, texts, cut)
-    apart = [text for text in texts if parts_at_space(*text)]
-    flat = [text for prompt, responses in apart for text in (prompt, *responses)]
-    ids = (words or Words(tokenizer))(flat)
-    others = [text for text in texts if not parts_at_space(*text)]
+    at_space = [parts_at_space(*text) for text in texts]
+    parted = [text for text, parts in zip(texts, at_space, strict=True) if parts]
+    others = [text for text, parts in zip(texts, at_space, strict=True) if not parts]
+    flat = chain.from_iterable((prompt, *responses) for prompt, responses in parted)
+    ids = (words or Words(tokenizer))(list(flat))
+    by_words = iter([(next(ids), list(islice(ids, len(own)))) for _, own in parted])
     whole = iter(split_whole(tokenizer, others, cut))
-    return [
-        (next(ids), list(islice(ids, len(text[1])))) if parts_at_space(*text) else next(whole)
-        for text in texts
-    ]
+    return [next(by_words if parts else whole) for parts in at_space]
 
 
 def parts_at_space(prompt: str, responses: list[str]) -> bool:
@@ -335,7 +334,7 @@ def remember(
 
 
 def key_of(table: Dataset, tokenizer, max_length: int) -> str:
-    "Hash a table, a tokenizer, a limit, and the code of this package and of others."
+    "Hash a table, a tokenizer, a limit, this package's code and other packages' versions."
     told = tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer, max_length
     digest = hashlib.sha256("\n".join(map(str, told)).encode())
     for module in (datasets, pa, tokenizers, transformers):
