@@ -241,8 +241,9 @@ def split_whole(tokenizer, texts: list[tuple[str, list[str]]], cut: Callable) ->
 
 def token_ids(tokenizer, texts: list[str]) -> Iterator[list[int]]:
     "Token ids of texts, without special tokens."
-    options = dict(add_special_tokens=False, verbose=False)
-    return iter(tokenizer(texts, **options)["input_ids"] if texts else [])
+    tokenizer("")  # sets what its backend does with long texts and with special tokens
+    found = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    return (encoding.ids for encoding in found)
 
 
 def seam_ids(tokenizer, texts: Iterator[tuple[str, int]]) -> Iterator[tuple[list[int], int]]:
