@@ -226,9 +226,7 @@ class DistributionalObjective(Objective):
         check_choice("family", self.family, ("normal", "free"))
         check_choice("link", self.link, ("mean", "distributional"))
         if min(self.pool, self.hold) < 0:
-            raise InputError(
-                f"pool and hold: {self.pool}, {self.hold}; neither may be negative."
-            )
+            raise InputError(f"pool, hold: {self.pool}, {self.hold}; neither may be negative.")
         if self.hold and self.family != "normal":
             raise InputError(f"hold: {self.hold} needs the family normal, not {self.family}.")
 
