@@ -217,8 +217,9 @@ def advise(
     rated = is_grouped(table) and any(table["rated"])
     if rated and objective != "distributional":
         return (
-            "Ratings tell how much people differ about a response. The objective distributional "
-            f"is made to learn that (-p objective distributional); this one is {objective}."
+            "Ratings tell how much people differ about a response. The objective "
+            "distributional is made to learn that (-p objective distributional); this one is "
+            f"{objective}."
         )
     if not rated and (objective, link) == ("distributional", "mean"):
         return (
