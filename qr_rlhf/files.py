@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 
 from .formats import InputError
 from .groups import COLUMNS
+from .together import die_with_parent, usable_cores
 
 # %% ../nbs/35_files.ipynb #cell-7
 ENDINGS = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
@@ -139,7 +140,7 @@ def aside(
     if not large or cores() < 2:
         yield read
         return
-    with ProcessPoolExecutor(1, get_context("fork")) as pool:
+    with ProcessPoolExecutor(1, get_context("fork"), die_with_parent) as pool:
         yield pool.submit(read).result
 
 
@@ -147,7 +148,7 @@ def cores() -> int:
     "How many processes can compute at once; 1 where none should be begun."
     if sys.platform != "linux" or parent_process():
         return 1
-    return min(len(os.sched_getaffinity(0)), 8)
+    return min(usable_cores(), 8)
 
 
 def bytes_of(path: Path) -> int:
@@ -180,6 +181,7 @@ def in_processes(
 
 
 def begin_process():
+    die_with_parent()
     gc.freeze()  # what is there already is not looked through again and again
     gc.set_threshold(200_000)  # rows make many lists, and hardly a cycle
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads don't outlive a fork

@@ -3,10 +3,13 @@
 import gzip
 import json
 import os
+import subprocess
+import sys
 from concurrent.futures.process import BrokenProcessPool
 from types import SimpleNamespace
 
 import datasets
+import psutil
 import pytest
 
 from qr_rlhf import files, size
@@ -149,6 +152,25 @@ def test_a_killed_process_is_an_error(monkeypatch):
     monkeypatch.setattr(files, "cores", lambda: 2)
     with pytest.raises(BrokenProcessPool):
         list(files.in_processes(lambda part: os._exit(1), [1, 2], large=True))
+
+
+def test_no_process_outlives_the_one_that_began_it():
+    script = """
+import os, time
+from qr_rlhf import files
+
+def work(part):
+    print(os.getpid(), flush=True)
+    time.sleep(60)
+
+files.cores = lambda: 2
+list(files.in_processes(work, [1, 2], large=True))
+"""
+    begun = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    workers = [psutil.Process(int(begun.stdout.readline())) for _ in range(2)]
+    begun.kill()
+    begun.wait()
+    assert psutil.wait_procs(workers, timeout=10)[1] == []
 
 
 def test_a_row_without_a_column_is_an_error(folder):
