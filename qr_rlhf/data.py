@@ -78,7 +78,7 @@ def load_pairs(
         n: Keep the first n pairs that can be used; None keeps all.
         subsets: In place of the workload's own; Hub: configurations.
         splits: Names of the two splits, or of one that is cut in two.
-        hold_out: Cut a source that has one split only in two: of it a fifth is `test`.
+        hold_out: If the source has a single split, set a fifth of it aside as `test`.
         groups: Take ratings and rankings too; a source that has some becomes a table of groups.
     """
     check_request(data, workload, split, n)

@@ -250,7 +250,7 @@ def temperature(
     margin: np.ndarray,  # reward of the first response minus that of the second
     share: np.ndarray | float = 1.0,  # share of votes for the first response
 ) -> float:  # 1 where probabilities are right as they are
-    "The factor by which margins must be multiplied for the least log-loss."
+    "The factor by which margins must be multiplied for the least log-loss; 1 / temperature."
 
     def loss(factor):
         scaled = factor * margin

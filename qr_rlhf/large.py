@@ -147,7 +147,7 @@ def load_base(
         model = load_reward_model(base, tokenizer, n, family=family, **held)
     if for_merging and packed:
         model = model.dequantize().float()
-    find_head(model).float()  # the head that was trained was
+    find_head(model).float()  # as the head was in training
     for name, value in vars(config).items():  # what the training has added
         if name in ("quantile_link", "reward_max_length") or name.startswith("rating_"):
             setattr(model.config, name, value)

@@ -232,13 +232,13 @@ class DistributionalObjective(Objective):
 
 # %% ../nbs/02_losses.ipynb #cell-60
 def difference_scale(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
-    "Standard deviation of R_chosen − R_rejected from outputs (μ, log σ), `[...]`."
+    "Standard deviation of R_chosen − R_rejected from outputs (μ, log s), `[...]`."
     return torch.logaddexp(2 * chosen[..., 1], 2 * rejected[..., 1]).mul(0.5).exp()
 
 
 @dataclass(frozen=True)
 class PURM(Objective):
-    "Normal rewards (outputs μ, log σ) and unit logistic noise: PURM (arXiv 2503.22480)."
+    "Normal rewards (outputs μ, log s) and unit logistic noise: PURM (arXiv 2503.22480)."
 
     n: int = 10  # quantiles to read
     family = "normal"

@@ -79,7 +79,7 @@ class RewardDistribution:
 
     Args:
         quantiles: `[..., N]` at the levels `quantile_levels(N)`: a tensor, an array or lists.
-        link: The model's, from `read_link`; `prob_beats` needs it.
+        link: How distributions become a chance of winning (below); `prob_beats` needs it.
     """
 
     quantiles: torch.Tensor

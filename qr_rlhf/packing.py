@@ -183,12 +183,13 @@ def shares_prompt(
     pad_token_id: int,  # the padding token
     longest: int,  # tokens in the longest sequence that will come
 ) -> bool:  # whether both ways give the same outputs
-    "Whether a model computes the same on packed rows as on separate sequences; tried once."
+    "Whether a model computes the same on packed rows as on separate sequences."
     row = probe_row(model.config.get_text_config(), pad_token_id, longest)
     tokens, found = len(row[0] + row[1][0]), FOUND.setdefault(model, {})
     how = model.dtype, model.config._attn_implementation
     tried, shared = found.get(how, (0, True))
-    if tokens > tried if shared else tokens < tried:
+    untried = tokens > tried if shared else tokens < tried
+    if untried:
         tried, shared = found[how] = tokens, same_both_ways(model, row, pad_token_id)
     return shared
 
@@ -213,7 +214,7 @@ def same_both_ways(model: PreTrainedModel, row: Row, pad_token_id: int) -> bool:
 def cut_row(
     row: Row,  # a prompt with its responses
     shared: bool,  # whether the prompt is computed once, or with each response
-    row_tokens: int,  # most response tokens that are computed together
+    row_tokens: int,  # about how many response tokens are computed together
 ) -> list[tuple[np.ndarray, int]]:  # of each part: which responses, and its tokens
     "Cut the responses to a prompt into parts, the shortest first."
     prompt, responses = row

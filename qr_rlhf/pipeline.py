@@ -274,7 +274,7 @@ def verdict(
     winner = "quantile" if more == (part["value"] > 0) else "scalar"
     meaning = f"the {winner} model {better}"
     if part["low"] <= 0 <= part["high"]:
-        missed = f"one below {detectable(part):.3f} would probably be missed"
+        missed = f"a true one below {detectable(part):.3f} may well be missed"
         meaning = f"no difference that this run can show; {missed}"
     return f"- **{name}**: {format_interval(part, sign=True)}: {meaning}."
 

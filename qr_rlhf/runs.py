@@ -107,7 +107,7 @@ def open_run(
 
 
 def check_settings(path: Path, settings: dict):
-    "Refuse a run that was made with other settings, or with nobody knows which."
+    "Refuse a run that was made with other settings, or whose settings can't be read."
     name, made_with = path.parent.name, read_json(path)
     if not made_with:
         raise InputError(

@@ -203,7 +203,8 @@ def find_rows(
     configs: list[str | None] = list(subsets) if subsets else [None]
     local = path.exists()
     check_path(data, path)
-    if in_hh_layout(file_names(path)) if local else hub_in_hh_layout(str(data), configs):
+    as_hh = in_hh_layout(file_names(path)) if local else hub_in_hh_layout(str(data), configs)
+    if as_hh:
         names = subsets or WORKLOADS.get(workload)
         check_hh_request(data, workload, names, splits)
         if local:

@@ -124,9 +124,9 @@ def taste_of(
     "How much each group likes a body sentence as an answer to `prompt`."
     fits = key == prompt.key
     if prompt.workload == "helpful" and part == "advice":
-        opposite = key // 2 == prompt.key // 2
+        opposite = key // 2 == prompt.key // 2  # problems 2k and 2k + 1 are opposites
         return TASTES["right" if fits else "opposite" if opposite else "beside"]
-    answers = part == "refusal" or part in ("help", "safe") and fits
+    answers = part == "refusal" or (part in ("help", "safe") and fits)
     if prompt.workload == "harmless" and answers:
         return TASTES[f"{part}, {OWNERSHIP[prompt.variant]}"]
     return TASTES["beside"]
@@ -166,7 +166,7 @@ def win_probability(
     check_choice("judges", judges, JUDGES)
     share, mean, sd = (part[..., :, None] for part in chosen)
     other_share, other_mean, other_sd = (part[..., None, :] for part in rejected)
-    if judges == "same":  # one group, and one severity: a normal score times the group's sd
+    if judges == "same":  # one group, and one severity: the same normal score on both sides
         share, sd = share * np.eye(share.shape[-2]), sd - other_sd
     else:
         share, sd = share * other_share, np.hypot(sd, other_sd)

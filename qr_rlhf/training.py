@@ -222,7 +222,7 @@ class PairTrainer(ScaleTrainer, LengthTrainer):
                 loss, outputs = None, row_sums(self.objective, self.scale, every, judged)
             else:
                 loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-        one = outputs.new_ones(len(outputs))  # or else metrics are left out
+        one = outputs.new_ones(len(outputs))  # without labels, Trainer computes no metrics
         return loss, outputs, one if share is None else share
 
     def summarise(self, found) -> dict[str, float]:
