@@ -280,8 +280,8 @@ def test_what_text_teaches_by_votes_and_ratings(project):
     models, folder = results["models"], project.folder / "runs" / "collect_text"
     rated, scalar = models["ratings"]["held"], models["ratings"]["scalar"]
     assert scalar["spread"] == [0, 0]
-    assert set(results["curve"]) == {"120", "240"}
-    assert results["curve"]["240"] == rated["spread"][:1]
+    assert set(results["curve"]) == {"240", "480"}
+    assert results["curve"]["480"] == rated["spread"][:1]
     difference = np.mean(rated["accuracy"]) - np.mean(scalar["accuracy"])
     assert np.isclose(results["accuracy_minus_scalar"]["value"], difference)
     scales = {
