@@ -146,7 +146,7 @@ def read_pair(row: object, where: str) -> dict:
 # %% ../nbs/00_data.ipynb #cell-16
 def check_any_left(left: int, dropped: Counter, split: str, source: object) -> None:
     "Raise `ValueError` if no pair is left."
-    cut = "; a fifth of the prompts is held out as test" if "other_part" in dropped else ""
+    cut = "; a fifth of the openings is held out as test" if "other_part" in dropped else ""
     if not left:
         what = f"of {dropped.total()} rows in {source} no pair is left in {split}"
         raise InputError(f"data: {what} (dropped: {dict(dropped)}{cut}); give more pairs.")

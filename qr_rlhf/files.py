@@ -12,17 +12,20 @@ import gc
 import gzip
 import json
 import os
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from multiprocessing import current_process, get_all_start_methods, get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import pyarrow.parquet as pq
 
 from .formats import InputError
 from .groups import COLUMNS
+from .together import die_with_parent, usable_cores
 
 # %% ../nbs/35_files.ipynb #cell-7
 ENDINGS = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
@@ -137,15 +140,15 @@ def aside(
     if not large or cores() < 2:
         yield read
         return
-    with get_context("fork").Pool(1) as pool:
-        yield pool.apply_async(read).get
+    with ProcessPoolExecutor(1, get_context("fork"), die_with_parent) as pool:
+        yield pool.submit(read).result
 
 
 def cores() -> int:
-    "How many processes can compute at once; 1 where none can be begun."
-    if current_process().daemon or "fork" not in get_all_start_methods():
+    "How many processes can compute at once; 1 where none should be begun."
+    if sys.platform != "linux" or parent_process():
         return 1
-    return min(os.cpu_count() or 1, 8)
+    return min(usable_cores(), 8)
 
 
 def bytes_of(path: Path) -> int:
@@ -167,18 +170,20 @@ def in_processes(
         yield from ((part, work(part)) for part in parts)
         return
     WORK[:], waiting = [work], deque()
-    with get_context("fork").Pool(cores(), begin_process) as pool:
+    with ProcessPoolExecutor(cores(), get_context("fork"), begin_process) as pool:
         for part in parts:
-            waiting.append((part, pool.apply_async(do_work, (part,))))
+            waiting.append((part, pool.submit(do_work, part)))
             if len(waiting) > 2 * cores():
                 oldest, made = waiting.popleft()
-                yield oldest, made.get()
+                yield oldest, made.result()
         for oldest, made in waiting:
-            yield oldest, made.get()
+            yield oldest, made.result()
 
 
 def begin_process():
+    die_with_parent()
     gc.freeze()  # what is there already is not looked through again and again
+    gc.set_threshold(200_000)  # rows make many lists, and hardly a cycle
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads don't outlive a fork
 
 

@@ -211,14 +211,22 @@ def group_results(
 def advise(
     table: Dataset,  # what is trained on
     objective: str,  # which objective is to learn from it
+    link: str | None = None,  # what a vote compares, where it was given
 ) -> str:  # empty where there is nothing to advise
-    "Recommend an objective where there are ratings."
-    if not is_grouped(table) or not any(table["rated"]) or objective == "distributional":
-        return ""
-    return (
-        "Ratings tell how much people differ about a response. The objective distributional is "
-        f"made to learn that (-p objective distributional); this one is {objective}."
-    )
+    "Recommend an objective where there are ratings, or ratings where one needs them."
+    rated = is_grouped(table) and any(table["rated"])
+    if rated and objective != "distributional":
+        return (
+            "Ratings tell how much people differ about a response. The objective "
+            "distributional is made to learn that (-p objective distributional); this one is "
+            f"{objective}."
+        )
+    if not rated and (objective, link) == ("distributional", "mean"):
+        return (
+            "With the link mean votes teach the means only, and there are no ratings: the "
+            "spread is not learnt. Give ratings, or leave the link out."
+        )
+    return ""
 
 # %% ../nbs/33_judgements.ipynb #cell-say-read
 def say_read(

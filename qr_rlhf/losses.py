@@ -193,7 +193,7 @@ class DistributionalObjective(Objective):
         pool: Weight of the variance of log s over a batch; 0: none.
         n: Quantiles, N.
         link: `distributional`, or `mean`: votes teach the means only.
-        hold: Weight of the mean square of log s, which keeps s near 1; 0: none.
+        hold: Weight of the mean square of log s; 0: none. No checkpoint keeps it.
     """
 
     family: str = "normal"
@@ -225,11 +225,10 @@ class DistributionalObjective(Objective):
     def __post_init__(self):
         check_choice("family", self.family, ("normal", "free"))
         check_choice("link", self.link, ("mean", "distributional"))
-        if self.pool < 0 or self.hold < 0:
-            raise InputError(
-                f"pool and hold: {self.pool} and {self.hold} were given; "
-                "neither may be negative."
-            )
+        if min(self.pool, self.hold) < 0:
+            raise InputError(f"pool, hold: {self.pool}, {self.hold}; neither may be negative.")
+        if self.hold and self.family != "normal":
+            raise InputError(f"hold: {self.hold} needs the family normal, not {self.family}.")
 
 # %% ../nbs/02_losses.ipynb #cell-60
 def difference_scale(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:

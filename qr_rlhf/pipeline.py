@@ -108,7 +108,7 @@ def begin_run(
     found = dict(data_hash=data_hash(train, evaluation), versions=versions())
     lock = open_run(folder, dataclasses.asdict(settings) | found)
     train, valid, values = number_parts(*split_validation(train))
-    if advice := advise(train, settings.objective):
+    if advice := advise(train, settings.objective, settings.link):
         print(advice)
     pairs = dict(train=train, valid=valid, eval=evaluation)
     return Run(name, settings, folder, lock, pairs, dropped, values)

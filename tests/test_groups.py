@@ -464,7 +464,11 @@ def test_everything_is_counted():
     assert count_groups(read(rows)[0]) == counts
     assert "-p objective distributional" in advise(read(rows)[0], "paper")
     assert not advise(read(rows)[0], "distributional")
-    assert not advise(read([THREE | dict(ranking=[1, 2, 3])])[0], "paper")
+    votes = read([THREE | dict(ranking=[1, 2, 3])])[0]
+    assert not advise(votes, "paper")
+    assert "spread is not learnt" in advise(votes, "distributional", "mean")
+    assert not advise(votes, "distributional") and not advise(votes, "paper", "mean")
+    assert not advise(read(rows)[0], "distributional", "mean")
 
 
 # training

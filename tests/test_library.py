@@ -299,7 +299,7 @@ def test_rows_that_cannot_be_read_are_one_sentence(rows, words):
 def test_a_single_pair_tells_of_the_part_that_is_held_out():
     lost = "train" if "no pair" in str(attempt("train")) else "test"
     told = attempt(lost)
-    assert "a fifth of the prompts is held out as test" in told and "give more pairs" in told
+    assert "a fifth of the openings is held out as test" in told and "give more pairs" in told
 
 
 def attempt(split):

@@ -185,6 +185,7 @@ def test_every_named_objective_takes_its_number_of_outputs():
         (DistributionalObjective, dict(family="wide"), "choose one of normal"),
         (DistributionalObjective, dict(pool=-1), "neither may be negative"),
         (DistributionalObjective, dict(hold=-1), "neither may be negative"),
+        (DistributionalObjective, dict(hold=1, family="free"), "needs the family normal"),
         (DistributionalObjective, dict(link="median"), "choose one of mean"),
     ],
 )

@@ -13,10 +13,10 @@ from conftest import ROOT
 from nbclient import NotebookClient
 from nbconvert import HTMLExporter
 
-ORDER = """formats groups chat files sources backbones size data rewards
+ORDER = """formats groups chat together files sources backbones size data rewards
 analysis judgements packing model ratings losses resume many training figures
 grammar synthetic uncertainty bounds large settings runs export policy batches
-library serve together pipeline experiments families rated studies""".split()
+library serve pipeline experiments families rated studies""".split()
 SHOWN = ["index", "run", "report"]
 NOTEBOOKS = [
     *sorted((ROOT / "nbs").glob("*.ipynb")),

@@ -87,7 +87,7 @@ def test_a_value_that_is_none_is_refused_by_name(name, given):
         (dict(link="x"), "choose one of mean, distributional."),
         (dict(objective="both"), "choose one of paper, free, distributional, purm"),
         (dict(objective="distributional", family="x"), "choose one of normal, free."),
-        (dict(objective="distributional", pool=-1), "pool and hold: -1.0 and 0.0"),
+        (dict(objective="distributional", pool=-1), "pool, hold: -1.0, 0.0"),
         (dict(objective="distributional", link="x"), "choose one of mean, distributional."),
         (dict(kappa=-1), "neither may be negative"),
         (dict(n_head=3), "n_embd: 128 is no multiple of n_head, 3"),

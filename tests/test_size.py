@@ -2,11 +2,17 @@
 
 import gzip
 import json
+import os
+import subprocess
+import sys
+from concurrent.futures.process import BrokenProcessPool
+from types import SimpleNamespace
 
 import datasets
+import psutil
 import pytest
 
-from qr_rlhf import size
+from qr_rlhf import files, size
 from qr_rlhf.backbones import sequence_ends, train_tokenizer
 from qr_rlhf.data import (
     count_shared_prompts,
@@ -16,6 +22,7 @@ from qr_rlhf.data import (
     load_pairs,
     split_validation,
 )
+from qr_rlhf.judgements import load_parts
 from qr_rlhf.packing import row_lengths
 
 ASK = "\n\nHuman: {}\n\nAssistant:"
@@ -100,16 +107,72 @@ def test_a_fault_leaves_nothing_behind(folder):
     assert list(folder.iterdir()) == []
 
 
-def test_a_prompt_is_tokenised_once(tokenizer, monkeypatch):
-    given, call = [], type(tokenizer).__call__
+@pytest.mark.parametrize("space", [" ", ""])
+def test_a_prompt_is_tokenised_once(tokenizer, monkeypatch, space):
+    "Where responses begin with a space, and where letters may merge at the seam."
+    given, tokenise = [], size.token_ids
 
-    def counting(self, text, **options):
-        given.extend(text)
-        return call(self, text, **options)
+    def counting(tokenizer, texts):
+        given.extend(texts)
+        return tokenise(tokenizer, texts)
 
-    ends, prompt = sequence_ends(tokenizer), ASK.format("Why is it so? " * 50)
-    monkeypatch.setattr(type(tokenizer), "__call__", counting)
-    asked = [(prompt, [f" So {i}." for i in range(16)])]
+    ends, words = sequence_ends(tokenizer), " ".join(f"why{i}" for i in range(100))
+    prompt = ASK.format(words)
+    monkeypatch.setattr(size, "token_ids", counting)
+    asked = [(prompt, [f"{space}So {i}." for i in range(16)])]
     ((ids, responses),) = encode_dialogues(tokenizer, ends, asked, 1000)
-    assert len("".join(given)) < 2 * len(prompt)
-    assert tokenizer.decode(ids + responses[15]) == prompt + " So 15." + tokenizer.eos_token
+    assert 0.8 * len(prompt) < len("".join(given)) < 2 * len(prompt)
+    whole = prompt + f"{space}So 15." + tokenizer.eos_token
+    assert tokenizer.decode(ids + responses[15]) == whole
+
+
+def test_processes_do_what_one_does(folder, tmp_path, tokenizer, monkeypatch):
+    "Parts come back in their order; both parts of a large file are read at once."
+    monkeypatch.setattr(files, "cores", lambda: 2)
+    monkeypatch.setattr(files, "LARGE", 0)
+    rows = [
+        dict(prompt=f"Why {i}?", chosen=" So." * (1 + i % 9), rejected=" No.")
+        for i in range(5500)
+    ]
+    path = tmp_path / "many.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    none = dict.fromkeys(("workload", "n_train", "n_eval", "subsets", "splits"))
+    train, test, _ = load_parts(path, SimpleNamespace(**none))
+    encoded, lost = encode_pairs(train, tokenizer, 34)
+    monkeypatch.setattr(files, "cores", lambda: 1)
+    for table, alone in zip(
+        (train, test), load_parts(path, SimpleNamespace(**none)), strict=False
+    ):
+        assert table.to_list() == alone.to_list()
+    again, too = encode_pairs(train.select(range(1, len(train))), tokenizer, 34)
+    assert encoded.to_list()[1:] == again.to_list() and lost == too and lost["too_long"]
+
+
+def test_a_killed_process_is_an_error(monkeypatch):
+    monkeypatch.setattr(files, "cores", lambda: 2)
+    with pytest.raises(BrokenProcessPool):
+        list(files.in_processes(lambda part: os._exit(1), [1, 2], large=True))
+
+
+def test_no_process_outlives_the_one_that_began_it():
+    script = """
+import os, time
+from qr_rlhf import files
+
+def work(part):
+    print(os.getpid(), flush=True)
+    time.sleep(60)
+
+files.cores = lambda: 2
+list(files.in_processes(work, [1, 2], large=True))
+"""
+    begun = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    workers = [psutil.Process(int(begun.stdout.readline())) for _ in range(2)]
+    begun.kill()
+    begun.wait()
+    assert psutil.wait_procs(workers, timeout=10)[1] == []
+
+
+def test_a_row_without_a_column_is_an_error(folder):
+    with pytest.raises(KeyError):
+        size.make_table([dict(n=1), {}])
