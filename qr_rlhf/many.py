@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['GROUP_COLUMNS', 'JUDGED', 'SCALE_FILE', 'SCALE_RATE', 'has_groups', 'group_batch',
            'judgements', 'mixed_batch', 'judgement_losses', 'compared_outputs',
-           'check_scale', 'group_loss', 'make_scale', 'read_scale', 'set_scale',
+           'check_scale', 'group_loss', 'make_scale', 'mostly_repeated', 'read_scale',
            'set_values', 'check_ratings', 'scale_inside', 'scale_aside',
            'ScaleTrainer', 'set_rate', 'write_scale', 'check_whole', 'count_votes',
            'row_sums', 'group_metrics']
 
 # %% ../nbs/30_many.ipynb #cell-3
-import math
+from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from .data import collate_sequences
 from .formats import InputError
 from .losses import Objective
 from .packing import collate_shared, pair_batch
-from .ratings import RatingScale
+from .ratings import RatingScale, joint_log_probability, set_scale
 
 # %% ../nbs/30_many.ipynb #cell-7
 GROUP_COLUMNS = ["prompt_ids", "response_ids", "first", "second", "share", "rated", "rating"]
@@ -98,8 +98,9 @@ def judgement_losses(
     votes = objective.pair_loss(first, second, judged.get("share"))
     if not len(judged["rated"]):
         return votes, votes[:0]
-    quantiles = objective.quantiles(outputs[judged["rated"]])
-    return votes, -check_scale(scale).log_probability(quantiles, judged["rating"])
+    rated = judged["rated"]
+    quantiles = objective.quantiles(outputs[rated])
+    return votes, -joint_log_probability(check_scale(scale), quantiles, judged["rating"], rated)
 
 
 def compared_outputs(outputs: torch.Tensor, judged: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -140,35 +141,38 @@ def make_scale(
     if not ratings:
         return None
     votes = has_groups(tables[0]) and any(len(first) for first in tables[0]["first"])
-    own = read_scale(config, votes)
+    repeated = has_groups(tables[0]) and mostly_repeated(tables[0])
+    own = read_scale(config, votes, repeated)
     check_ratings(ratings, len(own.thresholds()) + 1 if own else int(max(ratings)) + 1)
     if own is None and has_groups(tables[0]):
         counts = np.bincount(ratings) + 1
         below = np.cumsum(counts[:-1]) / counts.sum()
-        return set_scale(RatingScale(len(counts), votes), np.log(below / (1 - below)))
+        scale = RatingScale(len(counts), votes, effect=repeated)
+        return set_scale(scale, np.log(below / (1 - below)))
     return own
+
+
+def mostly_repeated(groups: Dataset) -> bool:
+    "Whether most of the rated responses have several ratings, so that an effect can be learnt."
+    times = [n for rated in groups["rated"] for n in Counter(rated).values()]
+    return sum(n > 1 for n in times) > len(times) / 2
 
 
 def read_scale(
     config,  # of a reward model
     learn_noise: bool = False,  # whether its noise will be learnt further
+    learn_effect: bool = False,  # and its response effect
 ) -> RatingScale | None:  # None where it was not trained on ratings
     "How a reward model's rewards become ratings."
     thresholds = getattr(config, "rating_thresholds", None)
     if not thresholds:
         return None
-    scale = RatingScale(len(thresholds) + 1, learn_noise)
-    return set_scale(scale, thresholds, config.rating_noise)
-
-
-def set_scale(scale: RatingScale, thresholds, noise: float = 1.0) -> RatingScale:
-    "Give a scale its thresholds and its noise."
-    thresholds = torch.as_tensor(thresholds, dtype=torch.float32)
-    with torch.no_grad():
-        scale.first.copy_(thresholds[0])
-        scale.log_gaps.copy_(thresholds.diff().log())
-        scale.log_noise.fill_(math.log(noise))
-    return scale
+    effect = getattr(config, "rating_effect", None)
+    with_effect = learn_effect or effect is not None
+    scale = RatingScale(len(thresholds) + 1, learn_noise, effect=with_effect)
+    if with_effect:
+        scale.log_effect.requires_grad_(learn_effect)
+    return set_scale(scale, thresholds, config.rating_noise, effect or 1.0)
 
 
 def set_values(
@@ -272,7 +276,7 @@ class ScaleTrainer(Trainer):
 
 
 def set_rate(optimizer: torch.optim.Optimizer, scale: RatingScale, rate: float):
-    "Give thresholds and noise a learning rate of their own."
+    "Give what a scale learns a learning rate of its own."
     own = {id(parameter) for parameter in scale.parameters()}
     for part in optimizer.param_groups:
         part["params"] = [p for p in part["params"] if id(p) not in own]
@@ -281,9 +285,11 @@ def set_rate(optimizer: torch.optim.Optimizer, scale: RatingScale, rate: float):
 
 
 def write_scale(config, scale: RatingScale):
-    "Write thresholds and noise into a model's configuration."
+    "Write thresholds, noise and response effect into a model's configuration."
     config.rating_thresholds = scale.thresholds().tolist()
     config.rating_noise = scale.log_noise.exp().item()
+    effect = scale.log_effect
+    config.rating_effect = None if effect is None else effect.exp().item()
 
 
 def check_whole(trainer: Trainer):

@@ -25,6 +25,7 @@ from qr_rlhf.training import PairTrainer, score_pairs, training_arguments
 ASK = "\n\nHuman: My bread is {}.\n\nAssistant:"
 VOTES = dict(first=[0, 2, 1], second=[1, 0, 3], share=[1.0, 0.75, 1.0])
 STARS = dict(rated=[0, 3, 3, 1], rating=[4, 0, 2, 3])
+TWICE = dict(rated=[0, 0, 3, 3, 1], rating=[4, 3, 0, 2, 3])  # two of three responses
 NO_VOTES, NO_STARS = dict(first=[], second=[], share=[]), dict(rated=[], rating=[])
 
 
@@ -141,7 +142,11 @@ def test_every_vote_counts_in_the_log_in_evaluation_and_afterwards(make, groups,
         assert evaluated["eval_loss"] > after["nll"]  # the paper's objective regresses, too
 
 
-@pytest.mark.parametrize("judged", [NO_VOTES | STARS, VOTES | STARS], ids=["alone", "votes"])
+@pytest.mark.parametrize(
+    "judged",
+    [NO_VOTES | STARS, VOTES | STARS, NO_VOTES | TWICE],
+    ids=["alone", "votes", "twice"],
+)
 def test_a_finished_checkpoint_is_stock_and_knows_its_scale(make, groups, tmp_path, judged):
     table = groups(judged)
     trainer = make(tmp_path, table, table)
@@ -157,6 +162,8 @@ def test_a_finished_checkpoint_is_stock_and_knows_its_scale(make, groups, tmp_pa
     assert torch.allclose(scale.thresholds(), trainer.scale.thresholds(), atol=1e-6)
     assert (scale.thresholds() - before).abs().min() > 1e-4  # each was learnt
     assert (model.config.rating_noise == 1) == (judged["first"] == [])
+    effect = model.config.rating_effect
+    assert effect is None if judged["rated"] == STARS["rated"] else abs(effect - 1) > 0.01
     again = make(tmp_path, None, table, model=model)  # and an evaluation reads it
     assert again.evaluate()["eval_loss"] == pytest.approx(trainer.evaluate()["eval_loss"])
 
@@ -186,7 +193,7 @@ def test_a_killed_training_goes_on_to_the_same_scale(
     tmp_path,
     adapter,
 ):
-    table, finish = groups(VOTES | STARS), []
+    table, finish = groups(VOTES | TWICE), []
     saves = dict(save_strategy="steps", eval_strategy="steps", load_best_model_at_end=True)
     if adapter:
         pytest.importorskip("peft")
@@ -208,6 +215,7 @@ def test_a_killed_training_goes_on_to_the_same_scale(
     whole, killed = (model.config for model in models)
     assert whole.rating_thresholds == killed.rating_thresholds
     assert whole.rating_noise == killed.rating_noise != 1
+    assert whole.rating_effect == killed.rating_effect != 1
     weights = [torch.cat([p.flatten() for p in model.parameters()]) for model in models]
     assert torch.equal(*weights)
 
@@ -217,6 +225,20 @@ def test_thresholds_are_learnt_at_the_learning_rate_of_a_large_model(make, group
     before = trainer.scale.thresholds().detach()
     trainer.train()
     assert (trainer.scale.thresholds() - before).abs().max() > 0.01
+
+
+def test_a_response_effect_is_learnt_from_repeated_ratings_only(make, groups, tmp_path):
+    trainer = make(tmp_path, groups(NO_VOTES | TWICE))
+    trainer.train()
+    trainer.save_model(str(tmp_path / "rm"))
+    effect = trainer.scale.log_effect.exp().item()
+    assert make(tmp_path, groups(NO_VOTES | STARS)).scale.log_effect is None
+    for judged in (STARS, TWICE):
+        model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm")
+        again = make(tmp_path, groups(NO_VOTES | judged), model=model)
+        again.train()
+        kept = again.scale.log_effect.exp().item()
+        assert (kept == pytest.approx(effect)) == (judged is STARS)
 
 
 def test_what_a_scale_cannot_read_is_refused(make, groups, tmp_path):
