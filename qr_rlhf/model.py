@@ -329,7 +329,7 @@ def to_scalar(
     head.out_features = model.num_labels = model.config.num_labels = 1
     describe_outputs(model.config, quantile_levels(1), family=None)
     model.config.quantile_link = "mean"
-    for name in ("rating_values", "rating_thresholds", "rating_noise"):
+    for name in ("rating_values", "rating_thresholds", "rating_noise", "rating_effect"):
         vars(model.config).pop(name, None)  # they belong to the quantiles
     return model
 

@@ -25,6 +25,9 @@ from qr_rlhf.training import PairTrainer, score_pairs, training_arguments
 ASK = "\n\nHuman: My bread is {}.\n\nAssistant:"
 VOTES = dict(first=[0, 2, 1], second=[1, 0, 3], share=[1.0, 0.75, 1.0])
 STARS = dict(rated=[0, 3, 3, 1], rating=[4, 0, 2, 3])
+TWICE = dict(rated=[0, 0, 3, 3, 1], rating=[4, 3, 0, 2, 3])  # of two responses
+ONCE = dict(rated=[0, 3, 1], rating=[4, 2, 3])
+MANY = 51  # groups of which each has two responses with two ratings
 NO_VOTES, NO_STARS = dict(first=[], second=[], share=[]), dict(rated=[], rating=[])
 
 
@@ -141,9 +144,13 @@ def test_every_vote_counts_in_the_log_in_evaluation_and_afterwards(make, groups,
         assert evaluated["eval_loss"] > after["nll"]  # the paper's objective regresses, too
 
 
-@pytest.mark.parametrize("judged", [NO_VOTES | STARS, VOTES | STARS], ids=["alone", "votes"])
+@pytest.mark.parametrize(
+    "judged",
+    [NO_VOTES | STARS, VOTES | STARS, NO_VOTES | TWICE],
+    ids=["alone", "votes", "twice"],
+)
 def test_a_finished_checkpoint_is_stock_and_knows_its_scale(make, groups, tmp_path, judged):
-    table = groups(judged)
+    table = groups(judged, MANY)
     trainer = make(tmp_path, table, table)
     before = trainer.scale.thresholds().detach()
     trainer.train()
@@ -157,6 +164,8 @@ def test_a_finished_checkpoint_is_stock_and_knows_its_scale(make, groups, tmp_pa
     assert torch.allclose(scale.thresholds(), trainer.scale.thresholds(), atol=1e-6)
     assert (scale.thresholds() - before).abs().min() > 1e-4  # each was learnt
     assert (model.config.rating_noise == 1) == (judged["first"] == [])
+    effect = model.config.rating_effect
+    assert effect is None if judged["rated"] == STARS["rated"] else abs(effect - 1) > 0.01
     again = make(tmp_path, None, table, model=model)  # and an evaluation reads it
     assert again.evaluate()["eval_loss"] == pytest.approx(trainer.evaluate()["eval_loss"])
 
@@ -186,7 +195,7 @@ def test_a_killed_training_goes_on_to_the_same_scale(
     tmp_path,
     adapter,
 ):
-    table, finish = groups(VOTES | STARS), []
+    table, finish = groups(VOTES | TWICE, MANY), []
     saves = dict(save_strategy="steps", eval_strategy="steps", load_best_model_at_end=True)
     if adapter:
         pytest.importorskip("peft")
@@ -208,6 +217,7 @@ def test_a_killed_training_goes_on_to_the_same_scale(
     whole, killed = (model.config for model in models)
     assert whole.rating_thresholds == killed.rating_thresholds
     assert whole.rating_noise == killed.rating_noise != 1
+    assert whole.rating_effect == killed.rating_effect != 1
     weights = [torch.cat([p.flatten() for p in model.parameters()]) for model in models]
     assert torch.equal(*weights)
 
@@ -217,6 +227,49 @@ def test_thresholds_are_learnt_at_the_learning_rate_of_a_large_model(make, group
     before = trainer.scale.thresholds().detach()
     trainer.train()
     assert (trainer.scale.thresholds() - before).abs().max() > 0.01
+
+
+def test_a_response_effect_is_learnt_from_repeated_ratings_only(make, groups, tmp_path, capsys):
+    trainer = make(tmp_path, groups(NO_VOTES | TWICE, MANY))
+    assert "102 of 153 have several ratings" in capsys.readouterr().out
+    trainer.train()
+    trainer.save_model(str(tmp_path / "rm"))
+    effect = trainer.scale.log_effect.exp().item()
+    for few in (groups(NO_VOTES | ONCE, 200), groups(NO_VOTES | TWICE, 49)):
+        assert make(tmp_path, few).scale.log_effect is None
+    for judged in (ONCE, TWICE):
+        model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm")
+        again = make(tmp_path, groups(NO_VOTES | judged, MANY), model=model)
+        again.train()
+        kept = again.scale.log_effect.exp().item()
+        assert (kept == pytest.approx(effect)) == (judged is ONCE)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_repeated_ratings_cost_the_same_in_any_batch(make, groups, tmp_path, shared):
+    table = groups(NO_VOTES | TWICE, MANY)
+    trainer = make(tmp_path, table, table, shared=shared)
+    model, batch = trainer.model.eval(), trainer.data_collator
+    whole = trainer.compute_loss(model, batch(list(table)))
+    parts = [trainer.compute_loss(model, batch([row])) for row in table]
+    assert torch.isclose(whole, torch.stack(parts).mean(), atol=1e-6)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(whole.item(), abs=1e-5)
+
+
+def test_a_training_is_not_resumed_with_another_scale(make, groups, tmp_path):
+    saves = dict(save_strategy="steps", eval_strategy="no")
+
+    def trainer(judged, n):
+        return lambda folder: make(folder, groups(NO_VOTES | judged, n), **saves)
+
+    def killed(folder):
+        return stopping(trainer(TWICE, MANY)(folder), 4)
+
+    with contextlib.suppress(Stopped):
+        train_to(tmp_path / "rm", killed)
+    checkpoint = next((tmp_path / "rm.working").glob("checkpoint-*"))
+    other = trainer(ONCE, MANY)(tmp_path / "other")
+    assert "begun with a response effect" in refusal(other.load_scale, str(checkpoint))
 
 
 def test_what_a_scale_cannot_read_is_refused(make, groups, tmp_path):

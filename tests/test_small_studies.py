@@ -274,14 +274,14 @@ def test_what_is_collected_costs_what_it_should(project):
 
 
 def test_what_text_teaches_by_votes_and_ratings(project):
-    small = dict(n_prompts=60, n_dialogues=60, n_eval=24, epochs=1, seeds="3,4", few=1)
+    small = dict(n_prompts=30, n_dialogues=60, n_eval=24, epochs=1, seeds="3,4", few=1)
     project.run("studies/collect_text", check=False, shares=0.5, **small)
     results = project.results("collect_text")
     models, folder = results["models"], project.folder / "runs" / "collect_text"
     rated, scalar = models["ratings"]["held"], models["ratings"]["scalar"]
     assert scalar["spread"] == [0, 0]
-    assert set(results["curve"]) == {"120", "240"}
-    assert results["curve"]["240"] == rated["spread"][:1]
+    assert set(results["curve"]) == {"240", "480"}
+    assert results["curve"]["480"] == rated["spread"][:1]
     difference = np.mean(rated["accuracy"]) - np.mean(scalar["accuracy"])
     assert np.isclose(results["accuracy_minus_scalar"]["value"], difference)
     scales = {
@@ -290,6 +290,7 @@ def test_what_text_teaches_by_votes_and_ratings(project):
     }
     assert len(scales["ratings"]["rating_thresholds"]) == 9
     assert scales["ratings"]["rating_noise"] == 1
+    assert scales["ratings"]["rating_effect"] != 1
     assert scales["half-votes-half-ratings"]["rating_noise"] != 1
     assert not scales["votes-one-judge"].get("rating_thresholds")
     for figure in ("recipes", "ranges", "curve"):
