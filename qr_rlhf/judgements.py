@@ -218,7 +218,9 @@ def advise(
     if rated and objective != "distributional":
         return (
             "Ratings tell how much people differ about a response. The objective "
-            "distributional is made to learn that (-p objective distributional); this one is "
+            "distributional is made to learn that (-p objective distributional -p hold 0.01, "
+            "and "
+            "-p link mean if one person judged both responses of a vote); this one is "
             f"{objective}."
         )
     if not rated and (objective, link) == ("distributional", "mean"):

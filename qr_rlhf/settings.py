@@ -140,7 +140,7 @@ class Settings:
         if self.objective == "paper":
             return self.fill(PaperObjective)
         named: Any = OBJECTIVES[self.objective][0]
-        return dataclasses.replace(named, n=self.n_quantiles)
+        return dataclasses.replace(named, n=self.n_quantiles) if hasattr(named, "n") else named
 
     def fill(self, objective: type[Objective], **known) -> Objective:
         "An objective with the settings that bear its parameters' names, where they are given."
