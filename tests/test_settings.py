@@ -9,6 +9,7 @@ import pytest
 from conftest import ROOT
 
 from qr_rlhf import runs
+from qr_rlhf.losses import OBJECTIVES, Objective
 from qr_rlhf.runs import launch, open_run, run_arguments, save_figure, versions, write_whole
 from qr_rlhf.settings import (
     FIELDS,
@@ -173,6 +174,12 @@ def test_files_appear_whole_or_not_at_all(tmp_path):
         save_figure(Broken(), tmp_path / "made" / "figure")
     assert [p.name for p in (tmp_path / "made").iterdir()] == ["figure.png"]
     assert (tmp_path / "made" / "figure.png").read_text() == "old"
+
+
+def test_an_objective_needs_no_number_of_quantiles(monkeypatch):
+    given = Objective()
+    monkeypatch.setitem(OBJECTIVES, "purm", (given, 1))
+    assert make_settings("demo", workload="helpful", objective="purm").make_objective() is given
 
 
 def test_versions_of_what_computes_are_known():

@@ -293,6 +293,8 @@ def test_what_text_teaches_by_votes_and_ratings(project):
     assert scales["ratings"]["rating_effect"] != 1
     assert scales["half-votes-half-ratings"]["rating_noise"] != 1
     assert not scales["votes-one-judge"].get("rating_thresholds")
+    control = json.loads((folder / "ratings-held-no-effect-3-1" / "config.json").read_text())
+    assert control["rating_effect"] is None
     for figure in ("recipes", "ranges", "curve"):
         assert (folder / f"{figure}.png").stat().st_size > 1000
 
