@@ -96,7 +96,7 @@ def open_run(
     sweep(folder)
     path, settings = folder / "settings.json", json.loads(json.dumps(settings))
     try:
-        if {p.name for p in folder.glob("[!.]*")} - {path.name}:
+        if any(p.is_file() and p != path for p in folder.rglob("[!.]*")):
             check_settings(path, settings)
         else:
             write_whole(path, lambda p: p.write_text(json.dumps(settings, indent=1)))

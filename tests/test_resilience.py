@@ -134,6 +134,8 @@ def test_a_run_is_opened_only_with_the_settings_it_was_made_with(tmp_path):
     folder = tmp_path / "run"
     open_run(folder, dict(a=1)).release()
     (folder / ".results.4711.json").write_text("{")
+    (folder / "scalar" / "seed0.working").mkdir(parents=True)
+    (folder / "scalar" / "seed0.working" / ".lock").touch()  # of a training that never began
     open_run(folder, dict(a=2)).release()  # nothing was made yet
     (folder / "results.json").write_text("{}")
     for spoil in (lambda path: path.write_text('{"a'), lambda path: path.unlink()):

@@ -158,6 +158,7 @@ def test_a_folder_is_held_by_one_process_and_belongs_to_its_settings(tmp_path):
     open_run(run, settings | dict(lr=0.2)).release()  # nothing was made yet
     assert json.loads((run / "settings.json").read_text())["lr"] == 0.2
     (run / "scalar").mkdir()
+    (run / "scalar" / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"other settings \(lr was 0.2 and is now 0.1\)"):
         open_run(run, settings)
     open_run(run, settings | dict(lr=0.2)).release()  # the refusal let go of the folder
