@@ -189,9 +189,8 @@ def figure3(
 def check_two_levels(levels):
     if len(levels) < 2:
         raise InputError(
-            "Figure 3 needs a quantile model with two levels or more, "
-            "but the rewards table has "
-            f"{len(levels)}: train one with more quantiles."
+            "Figure 3 needs a quantile model with two levels or more, but the rewards table "
+            f"has {len(levels)}: train one with more quantiles."
         )
 
 # %% ../nbs/05_figures.ipynb #cell-27

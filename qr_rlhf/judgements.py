@@ -219,8 +219,7 @@ def advise(
         return (
             "Ratings tell how much people differ about a response. The objective "
             "distributional is made to learn that (-p objective distributional -p hold 0.01, "
-            "and "
-            "-p link mean if one person judged both responses of a vote); this one is "
+            "and -p link mean if one person judged both responses of a vote); this one is "
             f"{objective}."
         )
     if not rated and (objective, link) == ("distributional", "mean"):
