@@ -52,8 +52,8 @@ class Truth(NamedTuple):
         return mixture_quantiles(*self, levels)
 
     def spread(self) -> np.ndarray:
-        "The 10–90 % range, `[...]`."
-        return np.ptp(self.quantiles([0.1, 0.9]), axis=-1)
+        "The 10–90 % range, `[...]`, rounded, so that equal ones are equal."
+        return np.ptp(self.quantiles([0.1, 0.9]), axis=-1).round(9)
 
     def sample(self, n: int, rng: np.random.Generator) -> np.ndarray:
         "Rewards of one response by `n` annotators, drawn at random, `[n]`."

@@ -23,8 +23,9 @@ from .synthetic import World
 def spread(
     quantiles: np.ndarray,  # `[..., N]`
 ) -> np.ndarray:  # `[...]`, 0 for one quantile
-    "The 10–90 % range, interpolated between levels."
-    return interpolate_quantile(quantiles, 0.9) - interpolate_quantile(quantiles, 0.1)
+    "The 10–90 % range, interpolated between levels, to nine decimals."
+    high, low = (interpolate_quantile(quantiles, level) for level in (0.9, 0.1))
+    return (high - low).round(9)
 
 # %% ../nbs/07_uncertainty.ipynb #cell-11
 def explained(
