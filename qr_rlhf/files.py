@@ -69,7 +69,7 @@ def file_rows(path: Path) -> Iterator[tuple[str, object]]:
         empty = False
         yield row
     if empty:
-        raise InputError(f"{path}: the file is empty; fetch it again.")
+        raise InputError(f"{path}: the file has no rows; get it again.")
 
 # %% ../nbs/35_files.ipynb #cell-8
 def number_rows(place: str, rows: Iterable) -> Iterator[tuple]:  # (place, row)
@@ -106,7 +106,7 @@ def read_lines(path: Path) -> Iterator[bytes]:
 
 
 def first_line(path: Path) -> bytes:
-    "The first line that isn't blank, from where it isn't; empty if there is none."
+    "The first line that isn't blank, without white space before it; empty if there is none."
     return next((line.lstrip() for line in read_lines(path) if line.strip()), b"")
 
 # %% ../nbs/35_files.ipynb #cell-12
@@ -123,7 +123,7 @@ def read_json(data: bytes, where: str) -> object:
         ) from None
     except (ValueError, RecursionError):
         raise InputError(
-            f"{where}: not JSON that can be read; numbers or nesting are beyond all measure."
+            f"{where}: can't be read as JSON; a number is too long or the nesting too deep."
         ) from None
 
 # %% ../nbs/35_files.ipynb #files-aside-2

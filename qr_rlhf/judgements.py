@@ -38,7 +38,7 @@ def find_values(
         values = np.unique(np.quantile(ratings, levels, method="inverted_cdf"))
     if len(values) < 2:
         raise InputError(
-            f"data: (nearly) every rating is {values[0]:g}, so that ratings say nothing; give "
+            f"data: all or nearly all ratings are {values[0]:g}, which teaches nothing; give "
             "ratings that differ, or leave them out."
         )
     return values.tolist()
@@ -73,7 +73,7 @@ def number_parts(
     train: Dataset,  # pairs or groups
     valid: Dataset | None,  # to validate on
 ) -> tuple[Dataset, Dataset | None, list[float]]:  # both; a number for each category, or none
-    "Put ratings into the categories of the training data."
+    "Put ratings into the categories of the training data; if it has none, validate on pairs."
     train, values = number_ratings(train)
     if valid is None or not is_grouped(valid):
         return train, valid, values
@@ -166,11 +166,11 @@ def count_groups(
 
 def say_size(
     table: Dataset,  # groups
-    values: list[float] | tuple = (),  # that ratings stand for
+    values: list[float] | tuple = (),  # the number of each category
 ) -> str:
-    "Say how much a table has, such as `12 comparisons, 5 ratings by 2 raters`."
+    "Say how much a table has, such as `12 comparisons, 5 ratings, 2 raters named`."
     found = count_groups(table)
-    raters = f" by {found['raters']:,} raters" if found["raters"] else ""
+    raters = f", {found['raters']:,} raters named" if found["raters"] else ""
     stand = ", ".join(f"{value:g}" for value in values)
     told = f"{found['comparisons']:,} comparisons, {found['ratings']:,} ratings{raters}"
     told += f" (values {stand})" if stand else ""
@@ -191,13 +191,13 @@ def size_rows(
         counts = count_groups(table)
         raters = counts.pop("raters")
         found |= {f"{name} {end}": f"{count:,}" for name, count in counts.items()}
-        found[f"ratings {end}"] += f", by {raters:,} raters" if raters else ""
+        found[f"ratings {end}"] += f", {raters:,} raters named" if raters else ""
     return found
 
 
 def group_results(
     tables: dict[str, Dataset],  # by part, with `train`
-    values: list[float],  # that ratings stand for
+    values: list[float],  # the number of each category
 ) -> dict:  # nothing, where there are no groups
     "What the results of a run say about groups."
     grouped = {part: table for part, table in tables.items() if is_grouped(table)}
@@ -219,8 +219,8 @@ def advise(
         return (
             "Ratings tell how much people differ about a response. The objective "
             "distributional is made to learn that (-p objective distributional -p hold 0.01, "
-            "and -p link mean if one person judged both responses of a vote); this one is "
-            f"{objective}."
+            "and -p link mean if one person judged both responses of a vote). This run has the "
+            f"objective {objective}."
         )
     if not rated and (objective, link) == ("distributional", "mean"):
         return (
@@ -234,7 +234,7 @@ def say_read(
     table: Dataset,  # pairs or groups, as read
     dropped: dict[str, int],  # reason → how many rows
 ) -> None:
-    "Print what a source holds that can't be used, and how much there is of groups."
+    "Print how many rows were left out and why, and how much a table of groups holds."
     say_dropped(dropped)
     if is_grouped(table):
         print(f"read: {say_size(table)}")
@@ -299,7 +299,7 @@ def as_dialogues(
 
 
 def check_evaluation(pairs: Dataset):
-    "Refuse fewer pairs than an interval needs; of groups, fewer prompts."
+    "Refuse too few pairs for an interval, or too few prompts where groups gave the pairs."
     grouped = "group" in pairs.column_names
     n, what = (len(set(pairs["group"])), "prompts") if grouped else (len(pairs), "pairs")
     if n < 12:

@@ -34,8 +34,8 @@ GROUP_COLUMNS = ["prompt_ids", "response_ids", "first", "second", "share", "rate
 
 def has_groups(
     table: Dataset | None,  # encoded
-) -> bool:  # False: it holds pairs
-    "Whether each row of a table is a prompt with several responses."
+) -> bool:  # False: it holds pairs, or there is none
+    "Whether a table holds encoded groups."
     return table is not None and "response_ids" in table.column_names
 
 # %% ../nbs/30_many.ipynb #cell-9
@@ -161,7 +161,8 @@ def enough_repeated(groups: Dataset) -> bool:
     times = [n for rated in groups["rated"] for n in Counter(rated).values()]
     several = sum(n > 1 for n in times)
     if several >= ENOUGH:
-        print(f"response effect: learnt; {several:,} of {len(times):,} have several ratings")
+        which = f"{several:,} of {len(times):,} rated responses have several ratings"
+        print(f"response effect: learnt; {which}")
     return several >= ENOUGH
 
 
@@ -186,7 +187,7 @@ def set_values(
     config,  # of a reward model
     values: list[float] | tuple,  # that the categories of ratings stand for; empty: no ratings
 ) -> None:
-    "Write down what categories stand for; thresholds that were learnt for others go."
+    "Write down the number of each category; if they change, drop the learnt thresholds."
     given = list(values) or None
     if getattr(config, "rating_values", None) != given:
         config.rating_values, config.rating_thresholds = given, None

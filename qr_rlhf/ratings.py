@@ -51,12 +51,12 @@ class RatingScale(torch.nn.Module):
     ) -> torch.Tensor:  # `[..., C]`
         "Log probability of each category in one person's rating."
         thresholds, noise = self.thresholds(), self.log_noise.exp()[..., None]
-        widths = -(-self.log_gaps.exp() / noise).expm1()
-        like = quantiles[..., None].float()
-        distance = (align(thresholds, like) - like) / align(noise, like)
-        below = pad(logsigmoid(distance), (0, 1)) + pad(logsigmoid(-distance), (1, 0))
-        between = align(pad(widths.log(), (1, 1)), like)
-        return (below + between).logsumexp(-2) - math.log(quantiles.shape[-1])
+        factor = -(-self.log_gaps.exp() / noise).expm1()  # 1 − e^(b − a)
+        q = quantiles[..., None].float()
+        distance = (align(thresholds, q) - q) / align(noise, q)
+        ends = pad(logsigmoid(distance), (0, 1)) + pad(logsigmoid(-distance), (1, 0))
+        factors = align(pad(factor.log(), (1, 1)), q)  # none at the lowest and the highest
+        return (ends + factors).logsumexp(-2) - math.log(quantiles.shape[-1])
 
     def log_probability(
         self,
@@ -124,7 +124,7 @@ def joint_log_probability(
     category: torch.Tensor,  # the ratings, 0…C−1, `[ratings]`
     response: torch.Tensor,  # which response each rating is of, `[ratings]`
 ) -> torch.Tensor:  # `[ratings]`
-    "Log probability of all ratings of a response, in equal parts for each of them."
+    "For each rating, its equal part of the log probability of all ratings of its response."
     if scale.log_effect is None:
         return scale.log_probability(quantiles[response], category)
     count = response.bincount(minlength=len(quantiles))
@@ -141,6 +141,6 @@ def effect_steps(
     scale: RatingScale,
     ratings: int,  # most ratings of a response
 ) -> torch.Tensor:  # values of a response effect in standard deviations
-    "Values to sum over, closer to each other than the product of probabilities is wide."
-    narrow = (scale.log_effect - scale.log_noise).exp().item() * math.sqrt(ratings)
-    return torch.linspace(-REACH, REACH, min(max(25, 1 + math.ceil(6 * narrow)), 1001))
+    "Values to sum over: the more ratings and the larger the effect, the closer together."
+    narrowness = (scale.log_effect - scale.log_noise).exp().item() * math.sqrt(ratings)
+    return torch.linspace(-REACH, REACH, min(max(25, 1 + math.ceil(6 * narrowness)), 1001))

@@ -167,7 +167,7 @@ def check_loading(path, data, place):
             assert {"prompt", "chosen", "rejected"} <= set(pairs.column_names)
 
 
-PLACE = r"(line|item|row) \d: |at character \d|of \d+ rows in |file is empty"
+PLACE = r"(line|item|row) \d: |at character \d|of \d+ rows in |file has no rows"
 
 
 @examples(400)

@@ -292,15 +292,15 @@ BROKEN = {
     "list.json": ("[1, 2]", "item 1: this is of type int"),
     "plain.jsonl": ('{"chosen": "hello", "rejected": "bye"}', "line 1: chosen has no turn"),
     "array.json": (f"[{LINE}, {LINE}", "array.json: not JSON"),
-    "empty.jsonl": ("", "the file is empty"),
-    "none.json": ("[]", "the file is empty"),
+    "empty.jsonl": ("", "the file has no rows"),
+    "none.json": ("[]", "the file has no rows"),
     "latin.jsonl": (LINE.encode() + '\n{"chosen": "é"}'.encode("latin-1"), "line 2: not UTF-8"),
     "short.jsonl.gz": (gzip.compress(LINE.encode())[:-9], "damaged"),
     "plain.jsonl.gz": (LINE, "damaged"),
     "half.jsonl": ('{"chosen": "\\n\\nHuman: \\ud800", "rejected": ""}', "surrogate"),
     "bad.parquet": (LINE, "can't be read (damaged"),
     "table.csv": ("chosen,rejected\nHm.,No.", "table.csv: only files in .jsonl, .json"),
-    "deep.jsonl": ("[" * 100_000, "beyond all measure"),
+    "deep.jsonl": ("[" * 100_000, "a number is too long or the nesting too deep"),
 }
 
 

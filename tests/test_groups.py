@@ -218,7 +218,7 @@ WRONG = [
     (RATED | dict(rating="good"), "'rating' is 'good'; it must be a number, or a list"),
     (RATED | dict(rating=True), "'rating' is True; it must be a number"),
     (RATED | dict(rating=[1, float("inf")]), "'rating' is inf; it must be a number"),
-    (RATED | dict(rating=[1, 2], rater=["Ann"]), "'rater' has 1 names for 2 ratings"),
+    (RATED | dict(rating=[1, 2], rater=["Ann"]), "'rater' must have one name for each rating"),
     (RATED | dict(completion="Hm."), "'response' and 'completion' are two names for the same"),
     (RATED | dict(response=3), "the field 'response' is of type int"),
     (dict(response="Hm.", rating=1), "there is no prompt; give a field 'prompt'"),
@@ -231,7 +231,7 @@ WRONG = [
     (THREE | dict(ranking=[1, 2, [3]]), "ranking[2] is [3]; it must be a number."),
     (THREE | dict(votes=3), "'votes' is 3; it must be a list"),
     (THREE | dict(votes=[[0, 1], [0, 3]]), "votes[1] is [0, 3]; it must be [preferred, other]"),
-    (THREE | dict(votes=[[1, 1]]), "two different places in 'responses', 0 to 2"),
+    (THREE | dict(votes=[[1, 1]]), "two different places in 'responses', from 0 to 2"),
     (THREE | dict(votes=[dict(first=0)]), "votes[0] is {'first': 0}; it must be"),
     (THREE | dict(votes=[[0, 1, 7]]), "the share of votes for the first, from 0 to 1"),
     (THREE | dict(votes=[[0.5, 1]]), "votes[0] is [0.5, 1]; it must be"),
@@ -241,7 +241,7 @@ WRONG = [
         ASK | dict(responses=["A", reply("B")], votes=[]),
         "of 'responses[0]' and 'responses[1]' one is a string and the other a list",
     ),
-    (PAIR | dict(rating=3), "'rating' stands beside a pair, so that it can't be known whose"),
+    (PAIR | dict(rating=3), "'rating' stands beside a pair and doesn't say what it rates"),
     (PAIR | dict(ratings=[3, 2]), "name it 'chosen_rating' or 'rejected_rating'"),
     (PAIR | dict(chosen_rating="b"), "the field 'chosen_rating' is 'b'; it must be a number"),
     (PAIR | dict(score_chosen=1, chosen_rating=1), "are two names for the same thing"),
@@ -587,8 +587,8 @@ def test_readmes_command_takes_votes_and_ratings(project, backbone, tmp_path):
     comparisons, ratings, raters = (
         counts[0][kind] for kind in ("comparisons", "ratings", "raters")
     )
-    trained = f"groups ({comparisons} comparisons, {ratings} ratings by {raters} raters (values"
-    assert f"{trained} 1, 2, 3, 4, 5); " in card
+    trained = f"groups ({comparisons} comparisons, {ratings} ratings, {raters} raters named"
+    assert f"{trained} (values 1, 2, 3, 4, 5); " in card
     cells = json.loads((project.folder / "runs" / "mixed.ipynb").read_text())["cells"]
     shown = "".join(str(output) for cell in cells for output in cell.get("outputs", []))
     assert "ratings to train on" in shown and "-p objective distributional" in shown

@@ -231,7 +231,7 @@ def test_thresholds_are_learnt_at_the_learning_rate_of_a_large_model(make, group
 
 def test_a_response_effect_is_learnt_from_repeated_ratings_only(make, groups, tmp_path, capsys):
     trainer = make(tmp_path, groups(NO_VOTES | TWICE, MANY))
-    assert "102 of 153 have several ratings" in capsys.readouterr().out
+    assert "102 of 153 rated responses have several ratings" in capsys.readouterr().out
     trainer.train()
     trainer.save_model(str(tmp_path / "rm"))
     effect = trainer.scale.log_effect.exp().item()
