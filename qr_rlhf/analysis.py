@@ -141,13 +141,17 @@ def reliability(
     forecast = np.concatenate([np.exp(log_win), -np.expm1(log_win)])
     happened = np.concatenate([np.ones_like(log_win) * side for side in (share, 1 - share)])
     which = np.minimum((forecast * bins).astype(int), bins - 1)
-    groups = pd.DataFrame(dict(bin=which, forecast=forecast, happened=happened)).groupby("bin")
-    return groups.mean().assign(pairs=groups.size())
+    pairs = np.bincount(which, minlength=bins)
+    filled = np.flatnonzero(pairs)
+    sums = dict(forecast=np.bincount(which, forecast), happened=np.bincount(which, happened))
+    means = {name: of_bins[filled] / pairs[filled] for name, of_bins in sums.items()}
+    return pd.DataFrame(means | dict(pairs=pairs[filled]), pd.Index(filled, name="bin"))
 
 
 def ece(table: pd.DataFrame) -> float:
     "Expected calibration error of a `reliability` table (Naeini et al. 2015), between 0 and 1."
-    return float(np.average((table.forecast - table.happened).abs(), weights=table.pairs))
+    forecast, happened, pairs = (table[k].to_numpy() for k in ("forecast", "happened", "pairs"))
+    return float(np.abs(forecast - happened) @ pairs / pairs.sum())
 
 # %% ../nbs/04_analysis.ipynb #cell-74
 def jensen_shannon(chosen, rejected, weights=None) -> float | np.ndarray:

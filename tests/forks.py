@@ -23,7 +23,8 @@ from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
-ANYWHERE = "seaborn scipy.stats datasets torch papermill nbclient ipywidgets".split()
+ANYWHERE = """ipykernel.kernelapp seaborn scipy.stats datasets torch papermill nbclient
+ipywidgets""".split()
 IN_A_KERNEL = "transformers.trainer qr_rlhf.experiments qr_rlhf.studies qr_rlhf.rated".split()
 KERNEL = dict(language="python", display_name="Python 3")
 STANDARD_INPUT = 0
@@ -45,19 +46,23 @@ class Forks:
         kernel.write_text(json.dumps(KERNEL | dict(argv=[sys.executable, *command])))
         self.env = {**env, "JUPYTER_PATH": str(self.folder), "MPLBACKEND": BACKEND}
 
-    def run(self, arguments, cwd):
+    def run(self, arguments, cwd, **env):
         "Run `python` with arguments, and return the finished process."
+        self.begin(cwd)
+        with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+            with open(os.devnull) as nothing:
+                files = [nothing.fileno(), out.fileno(), err.fileno()]
+                code = ask(self.socket, arguments, cwd, self.env | env, files)
+            texts = [file.seek(0) or file.read() for file in (out, err)]
+        return subprocess.CompletedProcess([sys.executable, *arguments], code, *texts)
+
+    def begin(self, cwd):
+        "Start the process that is forked, unless it runs already."
         if self.server is None:
             command = [sys.executable, __file__, "serve", self.socket]
             options = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
             self.server = subprocess.Popen(command, cwd=cwd, env=self.env, **options)
             assert self.server.stdout.readline() == b"ready\n"
-        with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-            with open(os.devnull) as nothing:
-                files = [nothing.fileno(), out.fileno(), err.fileno()]
-                code = ask(self.socket, arguments, cwd, self.env, files)
-            texts = [file.seek(0) or file.read() for file in (out, err)]
-        return subprocess.CompletedProcess([sys.executable, *arguments], code, *texts)
 
     def stop(self):
         if self.server:
@@ -102,13 +107,22 @@ def preload():
     "Import what notebooks import; progress bars look at once whether they are in a kernel."
     from unittest import mock
 
-    importlib.import_module("ipykernel.zmqshell")
     for module in ANYWHERE:
         importlib.import_module(module)
     kernel = SimpleNamespace(config=dict(IPKernelApp={}))
     with mock.patch("IPython.get_ipython", lambda: kernel):
         for module in IN_A_KERNEL:
             importlib.import_module(module)
+    make_small()
+
+
+def make_small():
+    "Where a notebook doesn't say how large its models and pictures are, they are small here."
+    from qr_rlhf import runs, settings
+
+    settings.PROFILES["demo"] |= dict(vocab_size=400, n_layer=1, n_embd=32, n_head=2)
+    settings.PROFILES["demo"] |= dict(evaluations=2)
+    runs.DPI = 50
 
 
 def handle(connection):

@@ -1,9 +1,8 @@
 "Two processes learn what one does: one loss curve at one global batch, equal weights on both."
 
 import json
-import os
-import subprocess
-import sys
+import socket
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -13,12 +12,6 @@ from datasets import Dataset
 from qr_rlhf.data import encode_pairs, load_pairs
 from qr_rlhf.model import tiny_gpt2, train_tokenizer
 from qr_rlhf.synthetic import World
-
-ALONE = [sys.executable]
-TOGETHER = [
-    *(sys.executable, "-m", "torch.distributed.run"),
-    *("--standalone", "--nproc_per_node", "2"),
-]
 
 
 def prepare(folder):
@@ -45,21 +38,30 @@ def rated(row, i):
     return ids | dict(first=[], second=[], share=[], rated=[0, 1], rating=[2 + i % 3, i % 4])
 
 
-def train(folder, start):
-    "Train as tests/distributed.py does."
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [*start, str(ROOT / "tests" / "distributed.py"), str(folder)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+def train(project, folder, processes):
+    "Train as tests/distributed.py does, in processes that torchrun would start like this."
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    both = dict(WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+
+    def run(rank):
+        own = dict(RANK=str(rank), LOCAL_RANK=str(rank)) | both if processes > 1 else {}
+        return project.forks.run(["-m", "distributed", str(folder)], ROOT / "tests", **own)
+
+    project.forks.begin(ROOT)
+    with ThreadPoolExecutor(processes) as threads:
+        for done in threads.map(run, range(processes)):
+            assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(project, tmp_path_factory):
     "The folder in which one process trained, and then two."
     folder = tmp_path_factory.mktemp("trained")
     prepare(folder)
-    train(folder, ALONE)
-    train(folder, TOGETHER)
+    train(project, folder, 1)
+    train(project, folder, 2)
     return folder
 
 

@@ -4,8 +4,6 @@ import errno
 import io
 import os
 import resource
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
@@ -18,10 +16,8 @@ from qr_rlhf.resume import find_damage, sweep, train_to, write_folder, write_who
 from qr_rlhf.runs import open_run
 
 
-def test_a_run_that_is_killed_in_each_phase_ends_as_an_uninterrupted_one():
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "tests" / "resilience.py"), "--kills", "0"]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
+def test_a_run_that_is_killed_in_each_phase_ends_as_an_uninterrupted_one(project):
+    done = project.forks.run(["-m", "resilience", "--kills", "0"], ROOT / "tests")
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert done.stdout.count("as uninterrupted") == 2, done.stdout
 
