@@ -105,6 +105,8 @@ def test_which_objective_reports_on_other_worlds_than_it_tunes_on(project):
         assert min(min(model["gap"]) for model in found.values()) > 0
     assert {row["world"] for row in results["tried"]} == {4}
     assert set(results["noise"]) == set(results["known"]) == set(results["results"])
+    assert set(results["fixed"]) == {"opposed tastes", "DPL's"}
+    assert all(len(found["no pool"]["scale"]) == 2 for found in results["fixed"].values())
     assert min(results["noise"].values()) > 0
     of_prompt, of_response = (
         results["known"][f"spread of {owner}"] for owner in ("prompt", "response")
