@@ -6,8 +6,8 @@
 __all__ = ['HASHED', 'parse_pair', 'load_pairs', 'kept_rows', 'Grouped', 'read_plain',
            'read_pair', 'check_any_left', 'hash_share', 'part_of', 'split_validation',
            'count_shared_prompts', 'data_hash', 'split_ids', 'shorter_prompts',
-           'encode_dialogue', 'encode_dialogues', 'encode_rows', 'name_ids',
-           'encode_pairs', 'pad_rows', 'collate_sequences', 'collate_pairs']
+           'encode_dialogues', 'encode_rows', 'name_ids', 'encode_pairs', 'pad_rows',
+           'collate_sequences', 'collate_pairs']
 
 # %% ../nbs/00_data.ipynb #cell-3
 import hashlib
@@ -227,22 +227,14 @@ def shorter_prompts(
     return [system + "".join(turns[i:]) for i in range(len(turns))]
 
 # %% ../nbs/00_data.ipynb #cell-50
-def encode_dialogue(
+def encode_dialogues(
     tokenizer,  # a fast tokenizer of `transformers`
     ends: tuple[list[int], list[int]],  # from `sequence_ends`
-    prompt: str | list[dict],  # in HH-RLHF's form, or messages
-    responses: list[str] | list[list[dict]],  # that go on with it, in the same form
+    dialogues: list[tuple],  # prompts, each with its responses, in HH-RLHF's form or messages
     max_length: int,  # most tokens in a sequence
-) -> tuple[list[int], list[list[int]]]:  # ids of the prompt, cut if need be; of each response
-    "Token ids of a prompt and its responses; raises `ValueError` if the template refuses them."
-    (found,) = encode_dialogues(tokenizer, ends, [(prompt, responses)], max_length)
-    if isinstance(found, ValueError):
-        raise found
-    return found
-
-
-def encode_dialogues(tokenizer, ends, dialogues: list[tuple], max_length, words=None) -> list:
-    "The same for many prompts with their responses; a refusal stands in its place."
+    words: Words | None = None,  # whose ids are known
+) -> list:  # ids of each prompt, cut if need be, and of each of its responses
+    "Token ids of prompts with their responses; an error where the template refuses them."
     tries = [(shorter_prompts(prompt), responses) for prompt, responses in dialogues]
     return first_that_fit(tokenizer, ends, tries, max_length, words)
 
