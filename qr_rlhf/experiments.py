@@ -25,6 +25,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from .analysis import win_logprob
+from .judgements import as_dialogues
 from .losses import OBJECTIVES, Objective
 from .model import load_reward_model, load_tokenizer
 from .pipeline import write_scratch
@@ -299,7 +300,7 @@ def warm_up(
         start = folder / "scratch"
         write_scratch(folder / "scratch", pairs, settings)
     tokenizer = load_tokenizer(start)
-    train, valid = encode_parts(pairs, tokenizer, settings)
+    train, valid = map(as_dialogues, encode_parts(pairs, tokenizer, settings))
 
     def make(work):
         rate = dict(learning_rate=settings.warm_up_learning_rate, disable_tqdm=True)

@@ -30,7 +30,6 @@ from transformers import (
 
 from .backbones import fuse_activations, local_or_hub
 from .formats import InputError
-from .judgements import Dialogues
 from .losses import Objective, check_objective, usual_objective
 from qr_rlhf.many import (
     GROUP_COLUMNS,
@@ -46,6 +45,7 @@ from qr_rlhf.many import (
 )
 from .model import RewardDistribution, quantile_levels, read_quantiles
 from .packing import can_share, check_lengths, row_lengths, shared_quantiles
+from .size import list_lengths
 
 # %% ../nbs/03_training.ipynb #cell-11
 class LengthSampler(Sampler):
@@ -297,19 +297,18 @@ def training_arguments(
 def warm_up_trainer(
     name: str | Path,  # folder or Hub id of the backbone
     tokenizer,  # its tokenizer
-    pairs: Dataset,  # encoded pairs, of which the chosen dialogues are learnt
+    train: Dataset,  # from `as_dialogues`
     args: TrainingArguments,  # from `training_arguments`
-    valid: Dataset,  # encoded pairs to choose the checkpoint by
+    valid: Dataset,  # to choose the checkpoint by, from `as_dialogues`, too
 ) -> LengthTrainer:  # ready to train
-    "Make a Trainer of the causal language model on the chosen dialogues."
-    train, valid = Dialogues(pairs), Dialogues(valid)
+    "Make a Trainer of the causal language model on dialogues."
     model = local_or_hub(AutoModelForCausalLM.from_pretrained, name, use_safetensors=True)
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     return LengthTrainer(
         model,
         args,
-        lengths=train.lengths(),
+        lengths=list_lengths(train, "input_ids"),
         train_dataset=train,
         eval_dataset=valid,
         processing_class=tokenizer,
