@@ -5,12 +5,10 @@
 # %% auto #0
 __all__ = ['Bounds', 'seed_bounds', 'spread_over', 'check_networks', 'measure_bounds',
            'bound_error', 'log_odds', 'margin', 'value_and_slopes', 'best_precision',
-           'Laplace', 'fit_laplace', 'inputs_for_outputs', 'head_inputs',
-           'head_weights']
+           'Laplace', 'fit_laplace', 'head_inputs', 'head_weights']
 
 # %% ../nbs/32_bounds.ipynb #cell-3
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -199,20 +197,6 @@ def fit_laplace(
     return Laplace(objective, weights, torch.linalg.inv(information + prior), precision)
 
 # %% ../nbs/32_bounds.ipynb #cell-37
-@contextmanager
-def inputs_for_outputs(model: PreTrainedModel) -> Iterator[None]:
-    "Within this context a reward model puts out what its last layer is given."
-
-    def show(head, inputs, outputs):
-        return inputs[0]
-
-    hook = find_head(model).register_forward_hook(show)
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
 @torch.no_grad()
 def head_inputs(
     model: PreTrainedModel,  # a reward model
@@ -226,7 +210,11 @@ def head_inputs(
     shared = shares_prompt(model, pad, int(lengths.max()))
     compute, order = packed_outputs if shared else separate_outputs, np.argsort(lengths)
     found = []
-    with inputs_for_outputs(model):
+
+    def show_inputs(head, inputs, outputs):
+        return inputs[0]
+
+    with find_head(model).register_forward_hook(show_inputs):
         for start in range(0, len(order), batch_size):
             rows = pairs.select(order[start : start + batch_size])
             rows = [(r["prompt_ids"], [r["chosen_ids"], r["rejected_ids"]]) for r in rows]

@@ -10,7 +10,6 @@ __all__ = ['Row', 'FOUND', 'SHOWN', 'pack_row', 'collate_shared', 'shared_mask',
            'pair_batch', 'check_lengths', 'can_share']
 
 # %% ../nbs/12_packing.ipynb #cell-3
-from contextlib import contextmanager
 from operator import itemgetter
 from weakref import WeakKeyDictionary
 
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from datasets.utils import tqdm
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from .chat import length_limit
@@ -102,22 +102,17 @@ def output_names(levels: list[float], family: str | None) -> list[str]:
     return [f"reward at level {level:g}" for level in levels]
 
 # %% ../nbs/12_packing.ipynb #cell-25
-@contextmanager
 def reading_at(
     model: PreTrainedModel,  # a reward model without wrappers, whose head sees every token
     ends: torch.Tensor,  # where to read, `[batch, K]`
-):
+) -> RemovableHandle:  # a context; the hook goes at its end
     "Within this context the model puts out `[batch, K·N]`: N outputs at K tokens of each row."
 
     def read(head, inputs, outputs):  # outputs `[batch, tokens, N]`
         at_ends = outputs.gather(1, ends[..., None].expand(-1, -1, outputs.shape[-1]))
         return at_ends.flatten(1)[:, None].expand(-1, outputs.shape[1], -1)
 
-    hook = find_head(model).register_forward_hook(read)
-    try:
-        yield
-    finally:
-        hook.remove()
+    return find_head(model).register_forward_hook(read)
 
 # %% ../nbs/12_packing.ipynb #cell-29
 def shared_quantiles(
