@@ -4,20 +4,19 @@
 
 # %% auto #0
 __all__ = ['OBJECTIVES', 'RECONSTRUCTIONS', 'bradley_terry', 'distributional_bradley_terry',
-           'rho', 'quantile_huber', 'Objective', 'PaperObjective', 'check_choice',
+           'rho', 'quantile_huber', 'Objective', 'PaperObjective',
            'DistributionalObjective', 'difference_scale', 'PURM', 'NormalDPL',
            'CategoricalDPL', 'usual_objective', 'check_objective']
 
 # %% ../nbs/02_losses.ipynb #cell-3
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch.nn.functional import huber_loss, logsigmoid, pad
 
-from .formats import InputError
+from .formats import InputError, check_choice
 from qr_rlhf.model import (
     categorical_quantiles,
     normal_quantiles,
@@ -173,12 +172,6 @@ class PaperObjective(Objective):
                 f"kappa and weight: {self.kappa} and {self.weight} were given; "
                 "neither may be negative."
             )
-
-# %% ../nbs/02_losses.ipynb #cell-32
-def check_choice(name: str, value: str, known: Iterable[str]) -> None:
-    "Raise `ValueError` if `value` is not among the known ones."
-    if value not in known:
-        raise InputError(f"{name}: {value!r} is unknown; choose one of {', '.join(known)}.")
 
 # %% ../nbs/02_losses.ipynb #cell-55
 @dataclass(frozen=True)

@@ -18,14 +18,8 @@ from typing import Any
 
 from transformers import SchedulerType
 
-from .formats import InputError
-from qr_rlhf.losses import (
-    OBJECTIVES,
-    DistributionalObjective,
-    Objective,
-    PaperObjective,
-    check_choice,
-)
+from .formats import InputError, check_choice
+from .losses import OBJECTIVES, DistributionalObjective, Objective, PaperObjective
 from .sources import WORKLOADS, name_workload
 
 # %% ../nbs/09_settings.ipynb #cell-6
