@@ -81,8 +81,13 @@ class Objective:
         chosen: torch.Tensor,  # outputs for the chosen responses, `[..., batch, outputs]`
         rejected: torch.Tensor,  # outputs for the rejected responses, as `chosen`
     ) -> torch.Tensor:  # `[..., batch]`
-        "Log probability that the chosen response wins."
-        raise NotImplementedError
+        "Log probability that the chosen response wins, by the link; others give their own."
+        if self.link is None:
+            raise NotImplementedError
+        chosen, rejected = self.quantiles(chosen), self.quantiles(rejected)
+        if self.link == "mean":
+            return -bradley_terry(chosen.mean(-1), rejected.mean(-1))
+        return -distributional_bradley_terry(chosen, rejected)
 
     def vote_loss(self, chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
         "What one vote for the chosen response costs, `[..., batch]`."
@@ -133,12 +138,6 @@ class PaperObjective(Objective):
     rejected_label: float = -1.0
     margin: float = 1.0
     link: str = "mean"
-
-    def log_win(self, chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
-        "Log probability that the chosen response wins (eq. 1), `[..., batch]`."
-        if self.link == "mean":
-            return -bradley_terry(chosen.mean(-1), rejected.mean(-1))
-        return -distributional_bradley_terry(chosen, rejected)
 
     def targets(self, chosen: torch.Tensor, rejected: torch.Tensor) -> tuple[torch.Tensor, ...]:
         "What the quantiles of chosen and of rejected regress on, `[..., batch, M]` each."
@@ -200,13 +199,6 @@ class DistributionalObjective(Objective):
         if self.family == "normal":
             return normal_quantiles(outputs, self.n)
         return outputs.sort(-1).values
-
-    def log_win(self, chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
-        "Log probability that the chosen response wins, `[..., batch]`."
-        chosen, rejected = self.quantiles(chosen), self.quantiles(rejected)
-        if self.link == "mean":
-            return -bradley_terry(chosen.mean(-1), rejected.mean(-1))
-        return -distributional_bradley_terry(chosen, rejected)
 
     def penalty(self, chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor | float:
         "Weighted variance and mean square of log s over the batch, `[...]`."
