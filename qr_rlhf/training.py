@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from .backbones import fuse_activations, local_or_hub
+from .chat import length_limit
 from .formats import InputError
 from .losses import Objective, check_objective, usual_objective
 from qr_rlhf.many import (
@@ -44,7 +45,7 @@ from qr_rlhf.many import (
     row_sums,
 )
 from .model import RewardDistribution, quantile_levels, read_quantiles
-from .packing import can_share, check_lengths, row_lengths, shared_quantiles
+from .packing import can_share, longest_sequence, row_lengths, shared_quantiles
 from .size import list_lengths
 
 # %% ../nbs/03_training.ipynb #cell-11
@@ -164,12 +165,12 @@ class PairTrainer(ScaleTrainer, LengthTrainer):
     ):
         self.objective = objective or usual_objective(model.config)
         check_objective(self.objective, model.config)
-        check_lengths(model.config, train_dataset, eval_dataset)
+        longest = length_limit(model.config, longest_sequence(train_dataset, eval_dataset))
         if train_dataset is not None:
             model.config.quantile_link = self.objective.link
         self.inner, self.watched, self.pair_metrics = model, [], compute_metrics
-        tables, pad = (train_dataset, eval_dataset), processing_class.pad_token_id
-        self.shared = can_share(model, pad, *tables) if shared is None else shared
+        pad = processing_class.pad_token_id
+        self.shared = can_share(model, pad, longest) if shared is None else shared
         lengths = None if train_dataset is None else row_lengths(train_dataset, self.shared)
         super().__init__(
             model,
