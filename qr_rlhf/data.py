@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['HASHED', 'parse_pair', 'load_pairs', 'kept_rows', 'Grouped', 'read_plain',
            'read_pair', 'check_any_left', 'hash_share', 'part_of', 'split_validation',
-           'count_shared_prompts', 'data_hash', 'split_ids', 'shorter_prompts',
-           'encode_dialogues', 'encode_rows', 'name_ids', 'encode_pairs', 'pad_rows',
-           'collate_sequences', 'collate_pairs']
+           'count_shared_prompts', 'data_hash', 'shorter_prompts', 'encode_dialogues',
+           'encode_rows', 'name_ids', 'encode_pairs', 'pad_rows', 'collate_sequences',
+           'collate_pairs']
 
 # %% ../nbs/00_data.ipynb #cell-3
 import hashlib
@@ -42,7 +42,6 @@ from qr_rlhf.size import (
     list_rows,
     make_table,
     remember,
-    split_many,
 )
 from .sources import Rows, check_request, check_votes, find_rows, rows_in_memory, rows_of
 
@@ -202,15 +201,6 @@ def data_hash(
                 digest.update(json.dumps(told).encode() + b"\n")
         digest.update(b"\n")
     return digest.hexdigest()[:16]
-
-# %% ../nbs/00_data.ipynb #cell-39
-def split_ids(
-    tokenizer,  # a fast tokenizer of `transformers`
-    prompt: str,  # the prompt's text
-    responses: list[str],  # the texts that follow it
-) -> tuple[list[int], list[list[int]]]:  # ids of the prompt, and of each response
-    "Tokenise a prompt with each of its responses as one text, and part the ids."
-    return split_many(tokenizer, [(prompt, responses)])[0]
 
 # %% ../nbs/00_data.ipynb #cell-43
 def shorter_prompts(

@@ -247,4 +247,3 @@ def parameters() -> dict[str, str]:  # name → help
         workload="", profile="", name="of the run and of its folder in runs/; None: workload"
     )
     return first | {name: field.metadata["help"] for name, field in FIELDS.items()}
-
