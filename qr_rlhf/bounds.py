@@ -70,7 +70,6 @@ def check_networks(n: int) -> None:
 def measure_bounds(
     bounds: Bounds,  # of chosen minus rejected
     weights: np.ndarray | None = None,  # of the pairs, such as numbers of votes; None: equal
-    bins: int = 20,  # of equal width on [0, 1]
 ) -> dict[str, float]:
     "RewardUQ's measures: confident and right or wrong, and the calibration of bounds."
     weights = np.ones(len(bounds.middle)) if weights is None else np.asarray(weights, float)
@@ -83,8 +82,8 @@ def measure_bounds(
     return dict(
         accuracy=float(np.average(right, weights=weights)),
         **rates,
-        bound_error=bound_error(bounds, weights, bins),
-        ece=bound_error(Bounds(*[bounds.middle] * 3), weights, bins, both_ways=True),
+        bound_error=bound_error(bounds, weights),
+        ece=bound_error(Bounds(*[bounds.middle] * 3), weights, both_ways=True),
     )
 
 # %% ../nbs/32_bounds.ipynb #cell-16

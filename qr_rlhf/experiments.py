@@ -37,7 +37,7 @@ from .training import PairTrainer, warm_up_trainer
 
 # %% ../nbs/17_experiments.ipynb #cell-6
 class Networks(torch.nn.Module):
-    """Small networks side by side, each with two hidden layers and weights of its own.
+    """Small networks side by side, each with two hidden layers of 64 and weights of its own.
 
     Maps `[networks, batch, features]` to `[networks, batch, outputs]`."""
 
@@ -47,10 +47,9 @@ class Networks(torch.nn.Module):
         features: int,  # length of an input
         outputs: int,  # length of an output
         seed: int,  # of the weights
-        width: int = 64,  # of both hidden layers
     ):
         super().__init__()
-        sizes = [features, width, width, outputs]
+        sizes = [features, 64, 64, outputs]
         self.weights = torch.nn.ParameterList()
         self.biases = torch.nn.ParameterList()
         for layer, (inputs, outputs) in enumerate(pairwise(sizes)):

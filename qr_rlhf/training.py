@@ -58,18 +58,16 @@ class LengthSampler(Sampler):
         batch_size: int,  # rows in a batch over all processes
         seed: int,  # of the order
         epoch: Callable = lambda: 0,  # gives the current epoch
-        pool: int = 64,  # batches that are sorted together
     ):
         self.lengths = np.asarray(lengths)
-        self.batch_size, self.pool = batch_size, pool
-        self.seed, self.epoch = seed, epoch
+        self.batch_size, self.seed, self.epoch = batch_size, seed, epoch
 
     def __len__(self):
         return len(self.lengths)
 
     def __iter__(self):
         rng = np.random.default_rng([self.seed, self.epoch()])
-        order, size = rng.permutation(len(self)), self.batch_size * self.pool
+        order, size = rng.permutation(len(self)), 64 * self.batch_size
         pools = [order[i : i + size] for i in range(0, len(order), size)]
         order = np.concatenate([p[np.argsort(self.lengths[p], kind="stable")] for p in pools])
         whole = len(order) // self.batch_size * self.batch_size
