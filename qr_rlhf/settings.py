@@ -19,6 +19,7 @@ from typing import Any
 from transformers import SchedulerType
 
 from .formats import InputError, check_choice
+from .large import check_trainable
 from .losses import OBJECTIVES, DistributionalObjective, Objective, PaperObjective
 from .sources import WORKLOADS, name_workload
 
@@ -159,10 +160,7 @@ def check_together(settings: Settings):
             f"n_embd: {settings.n_embd} is no multiple of n_head, {settings.n_head}; "
             "change one of them."
         )
-    if settings.load_in_4bit and not settings.lora_rank:
-        raise InputError(
-            "load_in_4bit: weights in 4 bits can't be trained; give lora_rank too, such as 16."
-        )
+    check_trainable(settings.lora_rank, settings.load_in_4bit)
     settings.make_objective()
 
 # %% ../nbs/09_settings.ipynb #cell-12
