@@ -266,9 +266,9 @@ def statistics(quantiles, samples, lengths=None, link="mean") -> pd.DataFrame:
     return pd.DataFrame(rows).assign(kl_kde=kl_kde(*kde), jensen_shannon=jensen_shannon(*kde))
 
 # %% ../nbs/04_analysis.ipynb #cell-104
-def swapped(quantiles, lengths=None, link="mean", seed=0) -> pd.Series:
+def swapped(quantiles, lengths=None, link="mean") -> pd.Series:
     "Every metric with chosen and rejected swapped at random within pairs, mean of five draws."
-    n, rng, draws = len(quantiles), np.random.default_rng(seed), []
+    n, rng, draws = len(quantiles), np.random.default_rng(0), []
     pairs, everything = np.arange(n)[:, None], np.ones((1, n), bool)
     for _ in range(5):
         order = rng.integers(2, size=(n, 1)) ^ [0, 1]  # [0, 1] or [1, 0] for each pair
@@ -292,7 +292,6 @@ def evaluate(
     lengths: np.ndarray | None = None,  # of the responses `[pairs, 2]`, pairs ascending
     link: str | None = "mean",  # the quantile model's (see `win_logprob`); None: no forecast
     n_resamples: int = 200,  # half-samples for the intervals, an even number
-    seed: int = 0,  # of half-samples and swaps
     prompts: list | None = None,  # of the pairs, whose intervals are over prompts then
 ) -> dict:  # `models`: model → metrics, `intervals`, `kl`, `per_seed`; `difference`
     "Every metric of both models and of the difference quantile − scalar."
@@ -300,13 +299,13 @@ def evaluate(
     check_comparison(rewards, lengths)
     some = sampled_pairs(rewards.pair.nunique())
     of_prompts = [prompts[i] for i in some] if prompts else len(some)
-    samples = half_samples(of_prompts, n_resamples, seed)
+    samples = half_samples(of_prompts, n_resamples)
     models, tables = {}, {}
     for model in MODELS:
         by_seed = {s: q for (m, s), q in arrays.items() if m == model}
         own = link if model == "quantile" else "mean"
         measured = {s: on_samples(q, some, samples, lengths, own) for s, q in by_seed.items()}
-        zeros = [swapped(q, lengths, own, seed) for q in by_seed.values()]
+        zeros = [swapped(q, lengths, own) for q in by_seed.values()]
         tables[model] = list(measured.values())
         parts = summarise(tables[model], sum(zeros) / len(zeros))
         kl = parts.pop("kl")

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['HASHED', 'parse_pair', 'load_pairs', 'kept_rows', 'Grouped', 'read_plain',
            'read_pair', 'check_any_left', 'hash_share', 'part_of', 'split_validation',
-           'count_shared_prompts', 'data_hash', 'split_ids', 'shorter_prompts',
-           'encode_dialogue', 'encode_dialogues', 'encode_rows', 'name_ids',
-           'encode_pairs', 'pad_rows', 'collate_sequences', 'collate_pairs']
+           'count_shared_prompts', 'data_hash', 'shorter_prompts', 'encode_dialogues',
+           'encode_rows', 'name_ids', 'encode_pairs', 'pad_rows', 'collate_sequences',
+           'collate_pairs']
 
 # %% ../nbs/00_data.ipynb #cell-3
 import hashlib
@@ -42,7 +42,6 @@ from qr_rlhf.size import (
     list_rows,
     make_table,
     remember,
-    split_many,
 )
 from .sources import Rows, check_request, check_votes, find_rows, rows_in_memory, rows_of
 
@@ -203,15 +202,6 @@ def data_hash(
         digest.update(b"\n")
     return digest.hexdigest()[:16]
 
-# %% ../nbs/00_data.ipynb #cell-39
-def split_ids(
-    tokenizer,  # a fast tokenizer of `transformers`
-    prompt: str,  # the prompt's text
-    responses: list[str],  # the texts that follow it
-) -> tuple[list[int], list[list[int]]]:  # ids of the prompt, and of each response
-    "Tokenise a prompt with each of its responses as one text, and part the ids."
-    return split_many(tokenizer, [(prompt, responses)])[0]
-
 # %% ../nbs/00_data.ipynb #cell-43
 def shorter_prompts(
     prompt: str | list[dict],  # in HH-RLHF's form, or messages
@@ -227,22 +217,14 @@ def shorter_prompts(
     return [system + "".join(turns[i:]) for i in range(len(turns))]
 
 # %% ../nbs/00_data.ipynb #cell-50
-def encode_dialogue(
+def encode_dialogues(
     tokenizer,  # a fast tokenizer of `transformers`
     ends: tuple[list[int], list[int]],  # from `sequence_ends`
-    prompt: str | list[dict],  # in HH-RLHF's form, or messages
-    responses: list[str] | list[list[dict]],  # that go on with it, in the same form
+    dialogues: list[tuple],  # prompts, each with its responses, in HH-RLHF's form or messages
     max_length: int,  # most tokens in a sequence
-) -> tuple[list[int], list[list[int]]]:  # ids of the prompt, cut if need be; of each response
-    "Token ids of a prompt and its responses; raises `ValueError` if the template refuses them."
-    (found,) = encode_dialogues(tokenizer, ends, [(prompt, responses)], max_length)
-    if isinstance(found, ValueError):
-        raise found
-    return found
-
-
-def encode_dialogues(tokenizer, ends, dialogues: list[tuple], max_length, words=None) -> list:
-    "The same for many prompts with their responses; a refusal stands in its place."
+    words: Words | None = None,  # whose ids are known
+) -> list:  # ids of each prompt, cut if need be, and of each of its responses
+    "Token ids of prompts with their responses; an error where the template refuses them."
     tries = [(shorter_prompts(prompt), responses) for prompt, responses in dialogues]
     return first_that_fit(tokenizer, ends, tries, max_length, words)
 

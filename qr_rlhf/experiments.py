@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Networks', 'Rows', 'Learners', 'BestEpoch', 'LearnersTrainer', 'train_networks',
-           'make_optimizer', 'check_finite', 'log_loss_gap', 'temperature',
-           'best_factor', 'objective_temperature', 'cross_fitted', 'side_by_side',
-           'warm_up', 'train_reward_model']
+           'make_optimizer', 'check_finite', 'log_loss_gap', 'best_factor',
+           'objective_temperature', 'cross_fitted', 'side_by_side', 'warm_up',
+           'train_reward_model']
 
 # %% ../nbs/17_experiments.ipynb #cell-3
 from collections.abc import Callable
@@ -20,12 +20,12 @@ import numpy as np
 import torch
 from datasets import Dataset
 from scipy.optimize import minimize_scalar
-from scipy.special import log_expit
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from .analysis import win_logprob
+from .judgements import as_dialogues
 from .losses import OBJECTIVES, Objective
 from .model import load_reward_model, load_tokenizer
 from .pipeline import write_scratch
@@ -37,7 +37,7 @@ from .training import PairTrainer, warm_up_trainer
 
 # %% ../nbs/17_experiments.ipynb #cell-6
 class Networks(torch.nn.Module):
-    """Small networks side by side, each with two hidden layers and weights of its own.
+    """Small networks side by side, each with two hidden layers of 64 and weights of its own.
 
     Maps `[networks, batch, features]` to `[networks, batch, outputs]`."""
 
@@ -47,10 +47,9 @@ class Networks(torch.nn.Module):
         features: int,  # length of an input
         outputs: int,  # length of an output
         seed: int,  # of the weights
-        width: int = 64,  # of both hidden layers
     ):
         super().__init__()
-        sizes = [features, width, width, outputs]
+        sizes = [features, 64, 64, outputs]
         self.weights = torch.nn.ParameterList()
         self.biases = torch.nn.ParameterList()
         for layer, (inputs, outputs) in enumerate(pairwise(sizes)):
@@ -246,21 +245,10 @@ def log_loss_gap(
     return float((p * win + (1 - p) * lose).mean())
 
 # %% ../nbs/17_experiments.ipynb #cell-27
-def temperature(
-    margin: np.ndarray,  # reward of the first response minus that of the second
-    share: np.ndarray | float = 1.0,  # share of votes for the first response
+def best_factor(
+    loss: Callable,  # of rewards that are multiplied by a factor, given the factor
 ) -> float:  # 1 where probabilities are right as they are
-    "The factor by which margins must be multiplied for the least log-loss; 1 / temperature."
-
-    def loss(factor):
-        scaled = factor * margin
-        return -(share * log_expit(scaled) + (1 - share) * log_expit(-scaled)).mean()
-
-    return best_factor(loss)
-
-
-def best_factor(loss: Callable) -> float:
-    "The factor of least loss between e⁻⁴ and e⁴."
+    "The factor of least loss between e⁻⁴ and e⁴; 1 / temperature."
     found = minimize_scalar(lambda power: loss(np.exp(power)), bounds=(-4, 4), method="bounded")
     return float(np.exp(found.x))
 
@@ -311,7 +299,7 @@ def warm_up(
         start = folder / "scratch"
         write_scratch(folder / "scratch", pairs, settings)
     tokenizer = load_tokenizer(start)
-    train, valid = encode_parts(pairs, tokenizer, settings)
+    train, valid = map(as_dialogues, encode_parts(pairs, tokenizer, settings))
 
     def make(work):
         rate = dict(learning_rate=settings.warm_up_learning_rate, disable_tqdm=True)

@@ -15,14 +15,13 @@ import torch
 from scipy.optimize import minimize
 
 from .experiments import Rows
-from .formats import InputError
+from .formats import InputError, check_choice
 from .losses import PURM, DistributionalObjective
 from qr_rlhf.synthetic import (
     JUDGES,
     RandomWorld,
     Truth,
     VectorWorld,
-    check_choice,
     random_function,
     random_truth,
     win_probability,
@@ -115,7 +114,7 @@ class PromptWorld(VotedWorld):
 
     def __post_init__(self):
         super().__post_init__()
-        check_choice("owner", self.owner, tuple(OWNED))
+        check_choice("owner", self.owner, OWNED)
 
 # %% ../nbs/28_families.ipynb #cell-20
 def scale_cost(

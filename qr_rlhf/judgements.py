@@ -7,7 +7,7 @@ __all__ = ['MOST_CATEGORIES', 'find_values', 'nearest', 'number_ratings', 'numbe
            'is_grouped', 'as_pairs', 'compared_pairs', 'rated_pairs', 'measure',
            'count_groups', 'say_size', 'size_rows', 'group_results', 'advise',
            'say_read', 'say_dropped', 'load_parts', 'decided_pairs', 'prefer_chosen',
-           'as_dialogues', 'check_evaluation', 'Dialogues']
+           'check_evaluation', 'as_dialogues']
 
 # %% ../nbs/33_judgements.ipynb #cell-3
 from collections import Counter
@@ -22,7 +22,7 @@ from .analysis import auroc, crossing_rate, ece, reliability, win_logprob
 from .data import hash_share, load_pairs
 from .files import aside
 from .formats import InputError
-from .size import list_lengths
+from .size import column, make_table
 
 # %% ../nbs/33_judgements.ipynb #cell-7
 MOST_CATEGORIES = 10
@@ -284,20 +284,6 @@ def prefer_chosen(pair: dict) -> dict:
     return pair | swapped | dict(share=1 - pair["share"])
 
 
-def as_dialogues(
-    table: Dataset,  # encoded pairs or groups
-) -> Dataset | list[dict]:  # rows with `prompt_ids, chosen_ids`
-    "What a language model is warmed up on: chosen dialogues, or all dialogues of groups."
-    if not is_grouped(table):
-        return table
-    rows = table.select_columns(["prompt_ids", "response_ids"])
-    return [
-        dict(prompt_ids=row["prompt_ids"], chosen_ids=ids)
-        for row in rows
-        for ids in row["response_ids"]
-    ]
-
-
 def check_evaluation(pairs: Dataset):
     "Refuse too few pairs for an interval, or too few prompts where groups gave the pairs."
     grouped = "group" in pairs.column_names
@@ -309,25 +295,17 @@ def check_evaluation(pairs: Dataset):
         )
 
 # %% ../nbs/33_judgements.ipynb #cell-23
-class Dialogues:
-    "Prompts with their chosen responses, as one sequence each."
-
-    def __init__(
-        self,
-        table: Dataset | list[dict],  # rows with `prompt_ids, chosen_ids`
-    ):
-        ids = ["prompt_ids", "chosen_ids"]
-        self.rows = table.select_columns(ids) if isinstance(table, Dataset) else table
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, i: int) -> dict[str, list[int]]:
-        row = self.rows[i]
-        return dict(input_ids=row["prompt_ids"] + row["chosen_ids"])
-
-    def lengths(self) -> np.ndarray:
-        "Tokens of each."
-        if isinstance(self.rows, Dataset):
-            return list_lengths(self.rows, "prompt_ids") + list_lengths(self.rows, "chosen_ids")
-        return np.array([len(row["prompt_ids"] + row["chosen_ids"]) for row in self.rows])
+def as_dialogues(
+    table: Dataset,  # encoded pairs or groups
+) -> Dataset:  # of `input_ids`
+    "What a language model is warmed up on: chosen dialogues, or all dialogues of groups."
+    if is_grouped(table):
+        responses = column(table, "response_ids")
+    else:
+        responses = ([chosen] for chosen in column(table, "chosen_ids"))
+    sequences = (
+        dict(input_ids=prompt + response)
+        for prompt, own in zip(column(table, "prompt_ids"), responses, strict=True)
+        for response in own
+    )
+    return make_table(sequences, Features(input_ids=List(Value("int32"))))

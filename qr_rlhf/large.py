@@ -26,7 +26,8 @@ from .backbones import load_tokenizer, local_or_hub
 from .formats import InputError
 from .model import load_reward_model, own_head, quantile_levels
 from .packing import find_head
-from .resume import checksum, write_folder
+from .resume import write_folder
+from .size import checksum
 from .sources import root_path
 
 # %% ../nbs/14_large.ipynb #cell-10

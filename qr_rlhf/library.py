@@ -24,7 +24,7 @@ from transformers import AutoConfig, PreTrainedModel
 from .backbones import load_tokenizer, local_or_hub
 from .chat import length_limit
 from .data import data_hash, encode_pairs, load_pairs, split_validation
-from .formats import InputError
+from .formats import InputError, check_choice
 from .judgements import as_pairs, measure, number_parts, say_dropped, say_read
 from qr_rlhf.large import (
     adapter_tokenizer,
@@ -35,7 +35,7 @@ from qr_rlhf.large import (
     plain_backbone,
     trainable_model,
 )
-from .losses import OBJECTIVES, Objective, check_choice
+from .losses import OBJECTIVES, Objective
 from .many import set_values
 from qr_rlhf.model import (
     RewardDistribution,

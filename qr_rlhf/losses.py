@@ -4,20 +4,19 @@
 
 # %% auto #0
 __all__ = ['OBJECTIVES', 'RECONSTRUCTIONS', 'bradley_terry', 'distributional_bradley_terry',
-           'rho', 'quantile_huber', 'Objective', 'PaperObjective', 'check_choice',
+           'rho', 'quantile_huber', 'Objective', 'PaperObjective',
            'DistributionalObjective', 'difference_scale', 'PURM', 'NormalDPL',
            'CategoricalDPL', 'usual_objective', 'check_objective']
 
 # %% ../nbs/02_losses.ipynb #cell-3
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch.nn.functional import huber_loss, logsigmoid, pad
 
-from .formats import InputError
+from .formats import InputError, check_choice
 from qr_rlhf.model import (
     categorical_quantiles,
     normal_quantiles,
@@ -82,8 +81,13 @@ class Objective:
         chosen: torch.Tensor,  # outputs for the chosen responses, `[..., batch, outputs]`
         rejected: torch.Tensor,  # outputs for the rejected responses, as `chosen`
     ) -> torch.Tensor:  # `[..., batch]`
-        "Log probability that the chosen response wins."
-        raise NotImplementedError
+        "Log probability that the chosen response wins, by the link; others give their own."
+        if self.link is None:
+            raise NotImplementedError
+        chosen, rejected = self.quantiles(chosen), self.quantiles(rejected)
+        if self.link == "mean":
+            return -bradley_terry(chosen.mean(-1), rejected.mean(-1))
+        return -distributional_bradley_terry(chosen, rejected)
 
     def vote_loss(self, chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
         "What one vote for the chosen response costs, `[..., batch]`."
@@ -135,12 +139,6 @@ class PaperObjective(Objective):
     margin: float = 1.0
     link: str = "mean"
 
-    def log_win(self, chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
-        "Log probability that the chosen response wins (eq. 1), `[..., batch]`."
-        if self.link == "mean":
-            return -bradley_terry(chosen.mean(-1), rejected.mean(-1))
-        return -distributional_bradley_terry(chosen, rejected)
-
     def targets(self, chosen: torch.Tensor, rejected: torch.Tensor) -> tuple[torch.Tensor, ...]:
         "What the quantiles of chosen and of rejected regress on, `[..., batch, M]` each."
         if self.target == "shift":
@@ -174,12 +172,6 @@ class PaperObjective(Objective):
                 "neither may be negative."
             )
 
-# %% ../nbs/02_losses.ipynb #cell-32
-def check_choice(name: str, value: str, known: Iterable[str]) -> None:
-    "Raise `ValueError` if `value` is not among the known ones."
-    if value not in known:
-        raise InputError(f"{name}: {value!r} is unknown; choose one of {', '.join(known)}.")
-
 # %% ../nbs/02_losses.ipynb #cell-55
 @dataclass(frozen=True)
 class DistributionalObjective(Objective):
@@ -207,13 +199,6 @@ class DistributionalObjective(Objective):
         if self.family == "normal":
             return normal_quantiles(outputs, self.n)
         return outputs.sort(-1).values
-
-    def log_win(self, chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
-        "Log probability that the chosen response wins, `[..., batch]`."
-        chosen, rejected = self.quantiles(chosen), self.quantiles(rejected)
-        if self.link == "mean":
-            return -bradley_terry(chosen.mean(-1), rejected.mean(-1))
-        return -distributional_bradley_terry(chosen, rejected)
 
     def penalty(self, chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor | float:
         "Weighted variance and mean square of log s over the batch, `[...]`."

@@ -7,10 +7,9 @@ __all__ = ['Row', 'FOUND', 'SHOWN', 'pack_row', 'collate_shared', 'shared_mask',
            'describe_outputs', 'output_names', 'reading_at', 'shared_quantiles',
            'separate_outputs', 'packed_outputs', 'probe_row', 'shares_prompt',
            'same_both_ways', 'cut_row', 'outputs_of_rows', 'row_lengths',
-           'pair_batch', 'check_lengths', 'can_share']
+           'pair_batch', 'longest_sequence', 'can_share']
 
 # %% ../nbs/12_packing.ipynb #cell-3
-from contextlib import contextmanager
 from operator import itemgetter
 from weakref import WeakKeyDictionary
 
@@ -18,9 +17,9 @@ import numpy as np
 import torch
 from datasets import Dataset
 from datasets.utils import tqdm
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from .chat import length_limit
 from .data import collate_pairs, collate_sequences, pad_rows
 from .size import list_lengths
 
@@ -102,22 +101,17 @@ def output_names(levels: list[float], family: str | None) -> list[str]:
     return [f"reward at level {level:g}" for level in levels]
 
 # %% ../nbs/12_packing.ipynb #cell-25
-@contextmanager
 def reading_at(
     model: PreTrainedModel,  # a reward model without wrappers, whose head sees every token
     ends: torch.Tensor,  # where to read, `[batch, K]`
-):
+) -> RemovableHandle:  # a context; the hook goes at its end
     "Within this context the model puts out `[batch, K·N]`: N outputs at K tokens of each row."
 
     def read(head, inputs, outputs):  # outputs `[batch, tokens, N]`
         at_ends = outputs.gather(1, ends[..., None].expand(-1, -1, outputs.shape[-1]))
         return at_ends.flatten(1)[:, None].expand(-1, outputs.shape[1], -1)
 
-    hook = find_head(model).register_forward_hook(read)
-    try:
-        yield
-    finally:
-        hook.remove()
+    return find_head(model).register_forward_hook(read)
 
 # %% ../nbs/12_packing.ipynb #cell-29
 def shared_quantiles(
@@ -287,25 +281,21 @@ def pair_batch(
     return batch
 
 # %% ../nbs/12_packing.ipynb #cell-sp8
-def check_lengths(
-    config,  # of a reward model
-    *tables: Dataset | None,  # encoded pairs, or groups, that will come
-) -> None:
-    "Raise `ValueError` for rows that are longer than the model has positions."
-    for pairs in tables:
-        if pairs is not None:
-            length_limit(config, int(row_lengths(pairs, shared=False).max()))
+def longest_sequence(
+    *tables: Dataset | None,  # encoded pairs, or groups
+) -> int:  # its tokens; 1 where there is no table
+    "How long the longest sequence is, prompt and response."
+    given = [pairs for pairs in tables if pairs is not None]
+    return max((int(row_lengths(pairs, shared=False).max()) for pairs in given), default=1)
 
 
 def can_share(
     model: PreTrainedModel,  # a reward model
     pad_token_id: int,  # the padding token
-    *tables: Dataset | None,  # encoded pairs, or groups, that will come
+    longest: int,  # tokens in the longest sequence that will come
 ) -> bool:  # whether both ways give the same quantiles
     "Whether a model computes the same when a prompt is shared; says so if it doesn't."
-    given = [pairs for pairs in tables if pairs is not None]
-    longest = max(row_lengths(pairs, shared=False).max() for pairs in given)
-    shared = shares_prompt(model, pad_token_id, int(longest))
+    shared = shares_prompt(model, pad_token_id, longest)
     if not shared:
         print(
             f"{type(model).__name__} does not compute the same when a prompt is shared: "

@@ -140,6 +140,8 @@ def write_scratch(folder: Path, pairs: Dataset, settings: Settings):
 def warm_up(run: Run):
     "Train the backbone on the chosen dialogues, if the settings ask for it."
     s, start, folder = run.settings, run.start, run.folder / "warm_up"
+    if not s.warm_up_epochs:
+        return
     train, valid = (as_dialogues(run.pairs[part]) for part in ("train", "valid"))
 
     def make(work):
@@ -147,9 +149,8 @@ def warm_up(run: Run):
         args = run_arguments(work, s, len(train), s.warm_up_epochs, **rate)
         return warm_up_trainer(start, run.tokenizer, train, args, valid)
 
-    if s.warm_up_epochs:
-        train_to(folder, make, title="warm-up of the backbone")
-        run.start = folder
+    train_to(folder, make, title="warm-up of the backbone")
+    run.start = folder
 
 
 def train_models(

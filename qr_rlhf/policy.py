@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from .chat import own_turn, turn_end
 from .export import ending_tokenizer, export_card, write_card
-from .formats import InputError
+from .formats import InputError, check_choice
 from .model import RewardDistribution, cvar_weights, score_many, to_scalar
 from .resume import MANIFEST
 
@@ -77,8 +77,7 @@ MEASURES = dict(mean=None, quantile=SHARE, cvar=SHARE, mean_spread=POSITIVE, ent
 
 
 def check_measure(name: str, parameter: float | None):
-    if name not in MEASURES:
-        raise InputError(f"measure: {name!r} is unknown; choose one of {', '.join(MEASURES)}.")
+    check_choice("measure", name, MEASURES)
     bounds = MEASURES[name]
     if (parameter is None) != (bounds is None):
         wanted = f"a parameter, such as {name} 0.2" if bounds else "no parameter"

@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['LEFTOVER', 'MANIFEST', 'write_whole', 'naming_place', 'why_unwritable', 'sweep',
-           'write_manifest', 'write_json', 'checksum', 'find_damage', 'read_json',
-           'take_up', 'first_process', 'hold', 'write_folder', 'Manifests',
-           'AlreadyTrained', 'last_checkpoint', 'best_of', 'decisive', 'check_same',
-           'find_changes', 'train_to', 'train_on', 'save', 'dropping_halves']
+           'write_manifest', 'write_json', 'find_damage', 'read_json', 'take_up',
+           'first_process', 'hold', 'write_folder', 'Manifests', 'AlreadyTrained',
+           'last_checkpoint', 'best_of', 'decisive', 'check_same', 'find_changes',
+           'train_to', 'train_on', 'save', 'dropping_halves']
 
 # %% ../nbs/23_resume.ipynb #cell-3
-import hashlib
 import json
 import os
 import re
@@ -27,6 +26,7 @@ from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from .formats import InputError
+from .size import checksum
 
 # %% ../nbs/23_resume.ipynb #cell-6
 def write_whole(
@@ -104,11 +104,6 @@ def write_json(
 ):
     "Write a JSON file whole."
     write_whole(path, lambda place: place.write_text(json.dumps(values, indent=1)))
-
-
-def checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def find_damage(

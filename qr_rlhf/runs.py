@@ -14,9 +14,8 @@ import json
 import math
 import os
 import sys
-from contextlib import suppress
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 
@@ -80,11 +79,7 @@ COMPUTING = "torch transformers accelerate datasets tokenizers numpy scipy".spli
 
 def versions() -> dict[str, str]:  # package → version
     "Versions of this package and of what computes its results."
-    found = dict.fromkeys(["qr_rlhf", *COMPUTING], "not installed")
-    for package in found:
-        with suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
+    return {package: version(package) for package in ("qr_rlhf", *COMPUTING)}
 
 # %% ../nbs/15_runs.ipynb #cell-15
 def open_run(

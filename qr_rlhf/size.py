@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IN_MEMORY', 'WORDS', 'MOST_KEPT', 'UNSAFE', 'SAFE', 'BYTES', 'make_table',
-           'is_large', 'write_table', 'hash_file', 'cache_folder', 'column',
+           'is_large', 'write_table', 'checksum', 'cache_folder', 'column',
            'list_rows', 'list_lengths', 'safe_cut', 'nowhere', 'before_space',
            'before_mark', 'Words', 'words_of', 'split_many', 'parts_at_space',
            'split_whole', 'token_ids', 'seam_ids', 'first_that_fit', 'is_too_long',
@@ -68,12 +68,12 @@ def write_table(rows: Iterator[dict], features: Features, path: Path | None) -> 
         except BaseException:
             os.unlink(file.name)
             raise
-    path = path or folder / f"{hash_file(file.name)}.arrow"
+    path = path or folder / f"{checksum(file.name)}.arrow"
     os.replace(file.name, path)
     return Dataset.from_file(str(path))
 
 
-def hash_file(path: str) -> str:
+def checksum(path: str | Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

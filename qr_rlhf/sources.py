@@ -25,7 +25,7 @@ from huggingface_hub import DatasetInfo, HfApi, hf_hub_download, snapshot_downlo
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 from .files import ENDINGS, Rows, number_rows, read_file
-from .formats import InputError
+from .formats import InputError, check_choice
 from .groups import COLUMNS
 
 # %% ../nbs/11_sources.ipynb #cell-19
@@ -285,15 +285,13 @@ def rows_of(data: Iterable) -> Rows:
 # %% ../nbs/11_sources.ipynb #src-mem-5
 def check_request(data: object, workload: str | None, split: str, n: int | None) -> None:
     "Raise `ValueError` for a split, a number or a workload that can't be."
-    if split not in ("train", "test"):
-        raise InputError(f"split: {split!r} is unknown; choose train or test.")
+    check_choice("split", split, ("train", "test"))
     if n is not None and n < 1:
         raise InputError(
             f"n: {n} pairs of the {split} split were asked for; ask for 1 or more."
         )
-    if hasattr(data, "rows") and workload not in WORKLOADS:
-        known = ", ".join(WORKLOADS)
-        raise InputError(f"workload: {workload!r} is unknown; choose one of {known}.")
+    if hasattr(data, "rows"):
+        check_choice("workload", workload, WORKLOADS)
 
 
 def check_votes(

@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['GROUPS', 'WEIGHTS', 'TASTES', 'OWNERSHIP', 'SEVERITY', 'UNKNOWN', 'JUDGES', 'NODES',
-           'NODE_WEIGHTS', 'SIDES', 'SHAPES', 'WITHIN', 'MOST_DIVISION', 'Truth',
+           'NODE_WEIGHTS', 'SHAPES', 'WITHIN', 'MOST_DIVISION', 'Truth',
            'mixture_quantiles', 'check_levels', 'taste_of', 'truth', 'group_means',
-           'win_probability', 'check_choice', 'World', 'check_rows', 'truths',
-           'VectorWorld', 'FeatureWorld', 'random_function', 'random_truth',
-           'RandomWorld']
+           'win_probability', 'World', 'check_rows', 'truths', 'VectorWorld',
+           'FeatureWorld', 'random_function', 'random_truth', 'RandomWorld']
 
 # %% ../nbs/06_synthetic.ipynb #cell-3
 import random
@@ -21,6 +20,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import expit, ndtr, ndtri
 
+from .formats import SIDES, check_choice
 from qr_rlhf.grammar import (
     Prompt,
     Response,
@@ -173,17 +173,7 @@ def win_probability(
     wins = expit((mean - other_mean)[..., None] + sd[..., None] * NODES) @ NODE_WEIGHTS
     return (share * wins).sum((-2, -1)) / NODE_WEIGHTS.sum()
 
-
-def check_choice(what: str, value: str, choices: tuple):
-    if value not in choices:
-        raise ValueError(
-            f"unknown {what} {value!r} of the synthetic world: use one of {', '.join(choices)}"
-        )
-
 # %% ../nbs/06_synthetic.ipynb #cell-34
-SIDES = "chosen", "rejected"
-
-
 @dataclass(frozen=True)
 class World:
     "A generated world of preferences whose reward distributions are known."
@@ -288,7 +278,7 @@ class FeatureWorld(VectorWorld):
     judges: str = "independent"  # an annotator for each response; or `same`: one rates both
 
     def __post_init__(self):
-        check_choice("shape", self.shape, tuple(SHAPES))
+        check_choice("shape", self.shape, SHAPES)
 
     def truth(self, x: np.ndarray) -> Truth:
         "Reward distributions of responses `[..., 8]`."

@@ -29,8 +29,8 @@ from transformers import (
 )
 
 from .backbones import fuse_activations, local_or_hub
+from .chat import length_limit
 from .formats import InputError
-from .judgements import Dialogues
 from .losses import Objective, check_objective, usual_objective
 from qr_rlhf.many import (
     GROUP_COLUMNS,
@@ -45,7 +45,8 @@ from qr_rlhf.many import (
     row_sums,
 )
 from .model import RewardDistribution, quantile_levels, read_quantiles
-from .packing import can_share, check_lengths, row_lengths, shared_quantiles
+from .packing import can_share, longest_sequence, row_lengths, shared_quantiles
+from .size import list_lengths
 
 # %% ../nbs/03_training.ipynb #cell-11
 class LengthSampler(Sampler):
@@ -57,18 +58,16 @@ class LengthSampler(Sampler):
         batch_size: int,  # rows in a batch over all processes
         seed: int,  # of the order
         epoch: Callable = lambda: 0,  # gives the current epoch
-        pool: int = 64,  # batches that are sorted together
     ):
         self.lengths = np.asarray(lengths)
-        self.batch_size, self.pool = batch_size, pool
-        self.seed, self.epoch = seed, epoch
+        self.batch_size, self.seed, self.epoch = batch_size, seed, epoch
 
     def __len__(self):
         return len(self.lengths)
 
     def __iter__(self):
         rng = np.random.default_rng([self.seed, self.epoch()])
-        order, size = rng.permutation(len(self)), self.batch_size * self.pool
+        order, size = rng.permutation(len(self)), 64 * self.batch_size
         pools = [order[i : i + size] for i in range(0, len(order), size)]
         order = np.concatenate([p[np.argsort(self.lengths[p], kind="stable")] for p in pools])
         whole = len(order) // self.batch_size * self.batch_size
@@ -164,12 +163,12 @@ class PairTrainer(ScaleTrainer, LengthTrainer):
     ):
         self.objective = objective or usual_objective(model.config)
         check_objective(self.objective, model.config)
-        check_lengths(model.config, train_dataset, eval_dataset)
+        longest = length_limit(model.config, longest_sequence(train_dataset, eval_dataset))
         if train_dataset is not None:
             model.config.quantile_link = self.objective.link
         self.inner, self.watched, self.pair_metrics = model, [], compute_metrics
-        tables, pad = (train_dataset, eval_dataset), processing_class.pad_token_id
-        self.shared = can_share(model, pad, *tables) if shared is None else shared
+        pad = processing_class.pad_token_id
+        self.shared = can_share(model, pad, longest) if shared is None else shared
         lengths = None if train_dataset is None else row_lengths(train_dataset, self.shared)
         super().__init__(
             model,
@@ -297,19 +296,18 @@ def training_arguments(
 def warm_up_trainer(
     name: str | Path,  # folder or Hub id of the backbone
     tokenizer,  # its tokenizer
-    pairs: Dataset,  # encoded pairs, of which the chosen dialogues are learnt
+    train: Dataset,  # from `as_dialogues`
     args: TrainingArguments,  # from `training_arguments`
-    valid: Dataset,  # encoded pairs to choose the checkpoint by
+    valid: Dataset,  # to choose the checkpoint by, from `as_dialogues`, too
 ) -> LengthTrainer:  # ready to train
-    "Make a Trainer of the causal language model on the chosen dialogues."
-    train, valid = Dialogues(pairs), Dialogues(valid)
+    "Make a Trainer of the causal language model on dialogues."
     model = local_or_hub(AutoModelForCausalLM.from_pretrained, name, use_safetensors=True)
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     return LengthTrainer(
         model,
         args,
-        lengths=train.lengths(),
+        lengths=list_lengths(train, "input_ids"),
         train_dataset=train,
         eval_dataset=valid,
         processing_class=tokenizer,

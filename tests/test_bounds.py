@@ -15,11 +15,9 @@ from qr_rlhf.bounds import (
     fit_laplace,
     head_inputs,
     head_weights,
-    level_bounds,
     log_odds,
     margin,
     measure_bounds,
-    response_bounds,
     seed_bounds,
 )
 from qr_rlhf.formats import InputError
@@ -75,24 +73,16 @@ def test_wide_bounds_are_never_wrong_and_never_confident():
     assert measures["confident_true"] == measures["confident_false"] == 0
 
 
-def test_bounds_of_responses_add_up():
-    bounds = response_bounds(np.array([[1.0, 0.5]]), np.array([[0.2, 0.3]]), width=2)
-    assert np.allclose(bounds, [[0.5], [-0.5], [1.5]])
-
-
 def table_of(quantiles, seed):
     return rewards_table(np.asarray(quantiles, float), "quantile", seed)
 
 
 def test_bounds_from_a_rewards_table():
-    ten = np.arange(10) - 4.5  # levels .05 to .95; 10 % lies half-way between the first two
-    pairs = [[1 + ten, 0 * ten]]
-    levels = level_bounds(table_of(pairs, 0))["quantile", 0]
-    assert np.allclose(levels, [[1], [-3], [5]])
+    ten = np.arange(10) - 4.5
     over = pd.concat([table_of([[ten + k, ten]], seed) for seed, k in enumerate((1, 3))])
     assert np.allclose(seed_bounds(over, 2)["quantile"], [[2], [2 - 8**0.5], [2 + 8**0.5]])
     with pytest.raises(InputError, match="give two or more"):
-        seed_bounds(table_of(pairs, 0))
+        seed_bounds(table_of([[ten, ten]], 0))
 
 
 def logistic(n=400, d=5, seed=0):

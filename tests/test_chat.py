@@ -10,7 +10,7 @@ import torch
 from test_model import backbone, model, refusal, tokenizer
 
 from qr_rlhf.chat import own_turn, read_request, turn_end
-from qr_rlhf.data import encode_dialogue, sequence_ends
+from qr_rlhf.data import encode_dialogues, sequence_ends
 from qr_rlhf.formats import apply_template
 from qr_rlhf.model import score, train_tokenizer
 from qr_rlhf.policy import RiskMeasure, reward_function
@@ -100,7 +100,7 @@ def test_marked_text_stays_what_it_is(tokenizer):
 def test_the_oldest_messages_go_first(chat):
     long = [dict(role="system", content="You bake."), *ASK, *reply("Because."), *ASK]
     start, _ = apply_template(chat, long, [long[2:3]])
-    ids, _ = encode_dialogue(chat, sequence_ends(chat), long, [reply("No.")], 90)
+    ((ids, _),) = encode_dialogues(chat, sequence_ends(chat), [(long, [reply("No.")])], 90)
     kept = chat.decode(ids)
     assert kept != start and "You bake." in kept and "Because." not in kept
     assert kept.endswith("Why?<|endoftext|>\n<|im_start|>assistant\n")

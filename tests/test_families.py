@@ -107,7 +107,7 @@ def test_the_divided_part_of_dpls_world():
     [
         (lambda: PromptWorld(dependence=-0.1), "dependence: -0.1 was given"),
         (lambda: OpposedWorld(dependence=1.5), "it is a probability"),
-        (lambda: PromptWorld(owner="judge"), "unknown owner 'judge'"),
+        (lambda: PromptWorld(owner="judge"), "owner: 'judge' is unknown"),
         (lambda: PromptWorld().pairs(4, seed=0, votes=0), "each pair needs at least one"),
     ],
 )

@@ -360,7 +360,7 @@ def test_what_is_asked_for_must_be_there(tmp_path):
     known = "choose one of helpful, harmless"
     assert known in refusal(load_pairs, tmp_path, "helpfull", "train")
     assert known in refusal(load_pairs, World(), "helpfull", "train", 4)
-    assert "choose train or test" in refusal(load_pairs, tmp_path, "helpful", "valid")
+    assert "choose one of train, test" in refusal(load_pairs, tmp_path, "helpful", "valid")
     assert "1 or more" in refusal(load_pairs, tmp_path, "helpful", "train", n=0)
     assert "no pair is left" in refusal(load_pairs, tmp_path, "helpful", "test")
     said = refusal(load_pairs, tmp_path, "helpful", "train", splits=["train"])

@@ -13,7 +13,7 @@ from test_model import backbone, refusal, tokenizer
 from test_training import FAST
 from transformers import AutoModelForSequenceClassification
 
-from qr_rlhf.data import encode_dialogue, sequence_ends
+from qr_rlhf.data import encode_dialogues, sequence_ends
 from qr_rlhf.judgements import measure
 from qr_rlhf.large import keep_adapter, trainable_model
 from qr_rlhf.losses import OBJECTIVES
@@ -39,7 +39,8 @@ def groups(tokenizer):
         ends, rows = sequence_ends(tokenizer), []
         for i in range(n):
             texts = [" Try it." * (1 + (i + k) % 3) for k in range(4)]
-            found = encode_dialogue(tokenizer, ends, ASK.format("flat " * (i % 4)), texts, 64)
+            dialogue = ASK.format("flat " * (i % 4)), texts
+            (found,) = encode_dialogues(tokenizer, ends, [dialogue], 64)
             rows.append(dict(zip(("prompt_ids", "response_ids"), found, strict=True)) | judged)
         return Dataset.from_list(rows)
 

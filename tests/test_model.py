@@ -18,6 +18,7 @@ from transformers.activations import NewGELUActivation
 
 from qr_rlhf.backbones import fuse_activations
 from qr_rlhf.data import encode_pairs
+from qr_rlhf.judgements import as_dialogues
 from qr_rlhf.losses import OBJECTIVES
 from qr_rlhf.model import (
     RewardDistribution,
@@ -118,7 +119,8 @@ def test_a_trainer_fuses_the_models_it_is_given(way, backbone, tokenizer, tmp_pa
     pairs, _ = encode_pairs(Dataset.from_list([row]), tokenizer, 64)
     if way == "warm-up":
         args = training_arguments(tmp_path, 1)
-        trained = warm_up_trainer(backbone, tokenizer, pairs, args, pairs).model
+        dialogues = as_dialogues(pairs)
+        trained = warm_up_trainer(backbone, tokenizer, dialogues, args, dialogues).model
     else:
         load_reward_model(backbone, tokenizer, n=10).save_pretrained(tmp_path)
         trained = AutoModelForSequenceClassification.from_pretrained(tmp_path)

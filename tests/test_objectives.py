@@ -22,8 +22,8 @@ from qr_rlhf.pipeline import (
     verdict_markdown,
     warm_up,
 )
-from qr_rlhf.resume import checksum
 from qr_rlhf.settings import make_settings
+from qr_rlhf.size import checksum
 from qr_rlhf.studies import quiet
 
 PEERS = dict(  # objective → family of its quantiles, number of outputs, link

@@ -22,7 +22,6 @@ from transformers import (
 
 from qr_rlhf.model import train_tokenizer
 from qr_rlhf.runs import open_run
-from qr_rlhf.settings import parameter_lines, parameters
 from qr_rlhf.synthetic import World
 
 
@@ -299,7 +298,6 @@ def test_every_parameter_is_explained(project):
     where = dict(cwd=project.folder, env=project.env)
     text = subprocess.run(command, **where, capture_output=True, text=True).stdout
     lines = parameters_cell()
-    assert lines == parameter_lines(parameters())
     assert len(lines) > 25
     for line in lines:
         name, comment = line.split(" = ")[0], line.split("  # ")[1]
