@@ -366,7 +366,7 @@ def test_few_numbers_are_categories_and_many_are_binned():
     assert np.bincount(nearest(many.tolist(), values), minlength=10).min() > 40
     assert len(find_values(np.array([0] * 95 + list(range(1, 12))))) < 10
     for same in (np.ones(3), np.array([7.0] * 1000 + list(range(11)))):
-        assert "every rating is" in refusal(find_values, same)
+        assert "all ratings are" in refusal(find_values, same)
 
 
 def test_test_data_use_the_categories_of_the_training_data():
@@ -512,7 +512,7 @@ def test_the_library_trains_on_groups(backbone, tmp_path, capsys):
     rows = mixed_rows(60, 20)
     how = dict(max_steps=2, batch_size=4, evaluations=1, disable_tqdm=True)
     model = train(backbone, rows, tmp_path / "rm", "distributional", **how)
-    told = "60 comparisons, 20 ratings by"
+    told = "60 comparisons, 20 ratings, "
     assert told in capsys.readouterr().out
     config = AutoConfig.from_pretrained(tmp_path / "rm")
     assert config.rating_values == [1, 2, 3, 4, 5] and len(config.rating_thresholds) == 4
