@@ -140,7 +140,7 @@ def reliability(
     "How often a response won, by its forecast; each pair counts in both orders."
     forecast = np.concatenate([np.exp(log_win), -np.expm1(log_win)])
     happened = np.concatenate([np.ones_like(log_win) * side for side in (share, 1 - share)])
-    which = np.minimum((forecast * bins).astype(int), bins - 1)
+    which = np.minimum(np.nan_to_num(forecast * bins).astype(int), bins - 1)
     pairs = np.bincount(which, minlength=bins)
     filled = np.flatnonzero(pairs)
     sums = dict(forecast=np.bincount(which, forecast), happened=np.bincount(which, happened))

@@ -81,7 +81,7 @@ class Objective:
         chosen: torch.Tensor,  # outputs for the chosen responses, `[..., batch, outputs]`
         rejected: torch.Tensor,  # outputs for the rejected responses, as `chosen`
     ) -> torch.Tensor:  # `[..., batch]`
-        "Log probability that the chosen response wins, by the link; others give their own."
+        "Log probability that the chosen response wins: by the link, or as a class defines it."
         if self.link is None:
             raise NotImplementedError
         chosen, rejected = self.quantiles(chosen), self.quantiles(rejected)

@@ -142,9 +142,9 @@ def warm_up(run: Run):
     s, start, folder = run.settings, run.start, run.folder / "warm_up"
     if not s.warm_up_epochs:
         return
-    train, valid = (as_dialogues(run.pairs[part]) for part in ("train", "valid"))
 
     def make(work):
+        train, valid = (as_dialogues(run.pairs[part]) for part in ("train", "valid"))
         rate = dict(learning_rate=s.warm_up_learning_rate)
         args = run_arguments(work, s, len(train), s.warm_up_epochs, **rate)
         return warm_up_trainer(start, run.tokenizer, train, args, valid)

@@ -27,6 +27,7 @@ from filelock import FileLock
 from matplotlib.figure import Figure
 from transformers import TrainingArguments
 
+from . import __version__
 from .data import data_hash, encode_pairs, split_validation
 from .formats import InputError
 from .judgements import load_parts, number_parts
@@ -79,7 +80,7 @@ COMPUTING = "torch transformers accelerate datasets tokenizers numpy scipy".spli
 
 def versions() -> dict[str, str]:  # package → version
     "Versions of this package and of what computes its results."
-    return {package: version(package) for package in ("qr_rlhf", *COMPUTING)}
+    return dict(qr_rlhf=__version__) | {package: version(package) for package in COMPUTING}
 
 # %% ../nbs/15_runs.ipynb #cell-15
 def open_run(

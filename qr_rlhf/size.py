@@ -247,7 +247,7 @@ def token_ids(tokenizer, texts: list[str]) -> Iterator[list[int]]:
 
 
 def seam_ids(tokenizer, texts: Iterator[tuple[str, int]]) -> Iterator[tuple[list[int], int]]:
-    "Token ids of each text, and how many of them end within its first `within` characters."
+    "Token ids of each text, and how many end within the number of characters beside it."
     options = dict(add_special_tokens=False, verbose=False, return_offsets_mapping=True)
     while part := list(islice(texts, 2000)):
         found = tokenizer([text for text, _ in part], **options)

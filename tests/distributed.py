@@ -1,4 +1,5 @@
-"""Train a tiny model on pairs and on groups; started alone or by torchrun.
+"""Train a tiny model on pairs and on groups; started alone, or in two
+processes with the variables that torchrun sets.
 
 Writes its loss curves, and says whether all ranks hold equal weights (test_distributed.py).
 """

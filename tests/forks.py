@@ -2,7 +2,8 @@
 
 To start papermill and a kernel, and to import torch and transformers in it, takes longer than
 most notebooks take at the sizes of these tests. `Forks(folder, env).run([...])` does what
-`subprocess.run([sys.executable, ...])` would; the kernels of such a program are forks, too.
+`subprocess.run([sys.executable, ...])` would, but for sizes that a notebook leaves to the
+profile `demo` (see `make_small`). The kernels of such a program are forks, too.
 
 python tests/forks.py serve SOCKET             the process that is forked; ends with its input
 python tests/forks.py SOCKET -m MODULE ...     as `python -m MODULE ...`, in a fork

@@ -10,7 +10,15 @@ from conftest import ROOT
 
 from qr_rlhf import runs
 from qr_rlhf.losses import OBJECTIVES, Objective
-from qr_rlhf.runs import launch, open_run, run_arguments, save_figure, versions, write_whole
+from qr_rlhf.runs import (
+    DPI,
+    launch,
+    open_run,
+    run_arguments,
+    save_figure,
+    versions,
+    write_whole,
+)
 from qr_rlhf.settings import (
     FIELDS,
     PROFILES,
@@ -26,6 +34,10 @@ def parameter_lines(names):
     return [f"{name} = {values.get(name)}  # {helps[name]}" for name in names]
 
 
+FIRST = """workload profile name data n_train backbone seeds epochs learning_rate lora_rank
+n_quantiles objective""".split()
+
+
 def test_run_ipynb_has_the_described_parameters():
     cells = json.loads((ROOT / "nbs" / "run.ipynb").read_text(encoding="utf-8"))["cells"]
     tagged = {t: c for c in cells for t in c["metadata"].get("tags", [])}
@@ -33,11 +45,17 @@ def test_run_ipynb_has_the_described_parameters():
         "".join(tagged[tag]["source"]).splitlines()
         for tag in ("injected-parameters", "parameters")
     )
-    first = [line.split(" = ")[0] for line in shown[1:]]
-    assert shown == ["# Parameters", *parameter_lines(first)] and len(first) == 12
+    assert shown == ["# Parameters", *parameter_lines(FIRST)]
     assert listed == parameter_lines(parameters()) and max(map(len, listed)) <= 100
     assert tagged["parameters"]["metadata"]["jupyter"]["source_hidden"]
     assert all(field.metadata["help"] for field in FIELDS.values())
+
+
+def test_the_demo_and_figures_have_their_sizes():
+    "In the forks of other tests they are smaller (`make_small` of forks.py)."
+    demo = make_settings("demo", workload="harmless")
+    assert (demo.n_layer, demo.n_embd, demo.vocab_size, demo.evaluations) == (2, 128, 1500, 6)
+    assert DPI == 300
 
 
 @pytest.mark.parametrize(

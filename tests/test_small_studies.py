@@ -256,8 +256,7 @@ COLLECT = dict(
 
 
 def test_what_is_collected_costs_what_it_should(project):
-    kinds = "spread of prompt"
-    project.run("studies/collect", check=False, rating_cost=2, kinds=kinds, **COLLECT)
+    project.run("studies/collect", check=False, rating_cost=2, **COLLECT)
     bought = pd.DataFrame(project.results("collect")["bought"])
     assert set(bought.objective) == {"scalar", "distributional", "means only"}
     assert (bought.votes * bought.ratings > 0)[bought.objective == "means only"].all()
@@ -268,7 +267,7 @@ def test_what_is_collected_costs_what_it_should(project):
         at_equal_cost | with_ratings | (bought.anchors != "true") | cost.isin([100, 800])
     ).all()
     mixed = bought[at_equal_cost & (bought.votes > 0) & (bought.ratings > 0)]
-    assert (mixed.votes == 2 * mixed.ratings).all() and len(mixed) == 6
+    assert (mixed.votes == 2 * mixed.ratings).all() and len(mixed) == 12
     assert set(bought[bought.anchors != "true"].anchors) == {"noisy", "a model's"}
     for what in ("mean_correlation", "spread_correlation", "scale_ratio", "shape", "gap"):
         assert np.isfinite(np.stack(bought[what])).all() and len(bought[what][0]) == 2
