@@ -82,19 +82,19 @@ def test_a_large_table_holds_what_a_small_one_does(folder, tmp_path, tokenizer, 
 def test_ids_are_taken_up_where_nothing_changed(folder, tmp_path, tokenizer, capsys):
     large, _ = load_pairs(write(tmp_path / "pairs.jsonl.gz"))
     first, lost = encode_pairs(large, tokenizer, 34)
-    assert "taken up" not in capsys.readouterr().out
+    assert "taken from the cache" not in capsys.readouterr().out
     again, same = encode_pairs(large, tokenizer, 34)
-    assert "taken up" in capsys.readouterr().out
+    assert "taken from the cache" in capsys.readouterr().out
     assert again.to_list() == first.to_list() and same == lost
 
     encode_pairs(large, tokenizer, 35)
     encode_pairs(large, train_tokenizer(["ab ab"], 259), 34)
     encode_pairs(large.select(range(1, len(large))), tokenizer, 34)
-    assert "taken up" not in capsys.readouterr().out
+    assert "taken from the cache" not in capsys.readouterr().out
     for file in folder.glob("*.json"):  # as if it had been killed before it was done
         file.unlink()
     assert encode_pairs(large, tokenizer, 34)[0].to_list() == first.to_list()
-    assert "taken up" not in capsys.readouterr().out
+    assert "taken from the cache" not in capsys.readouterr().out
 
 
 def test_a_fault_leaves_nothing_behind(folder):
