@@ -82,12 +82,15 @@ class Objective:
         rejected: torch.Tensor,  # outputs for the rejected responses, as `chosen`
     ) -> torch.Tensor:  # `[..., batch]`
         "Log probability that the chosen response wins: by the link, or as a class defines it."
-        if self.link is None:
-            raise NotImplementedError
         chosen, rejected = self.quantiles(chosen), self.quantiles(rejected)
         if self.link == "mean":
             return -bradley_terry(chosen.mean(-1), rejected.mean(-1))
-        return -distributional_bradley_terry(chosen, rejected)
+        if self.link == "distributional":
+            return -distributional_bradley_terry(chosen, rejected)
+        raise NotImplementedError(
+            f"{type(self).__name__}: the link is {self.link!r}; give it the link 'mean' or "
+            "'distributional', or a log_win of its own."
+        )
 
     def vote_loss(self, chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
         "What one vote for the chosen response costs, `[..., batch]`."

@@ -11,6 +11,7 @@ from qr_rlhf.losses import (
     CategoricalDPL,
     DistributionalObjective,
     NormalDPL,
+    Objective,
     PaperObjective,
     bradley_terry,
     distributional_bradley_terry,
@@ -192,3 +193,14 @@ def test_every_named_objective_takes_its_number_of_outputs():
 def test_wrong_options_are_refused(kind, options, message):
     with pytest.raises(ValueError, match=message):
         kind(**options)
+
+
+@pytest.mark.parametrize("link", [None, "probit"])
+def test_a_class_without_a_known_link_needs_its_own_chance(link):
+    class Mine(Objective):
+        pass
+
+    mine = Mine()
+    mine.link = link
+    with pytest.raises(NotImplementedError, match=f"Mine: the link is {link!r}; give it"):
+        mine(torch.zeros(2, 3), torch.ones(2, 3))
