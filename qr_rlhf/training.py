@@ -67,7 +67,8 @@ class LengthSampler(Sampler):
 
     def __iter__(self):
         rng = np.random.default_rng([self.seed, self.epoch()])
-        order, size = rng.permutation(len(self)), 64 * self.batch_size
+        order = rng.permutation(len(self))
+        size = 64 * self.batch_size  # rows that are sorted together
         pools = [order[i : i + size] for i in range(0, len(order), size)]
         order = np.concatenate([p[np.argsort(self.lengths[p], kind="stable")] for p in pools])
         whole = len(order) // self.batch_size * self.batch_size
