@@ -113,7 +113,8 @@ class RewardModel:
         """
         limit = length_limit(self.model.config)
         encoded = encode(as_pairs(read_all(pairs, "test")), self.tokenizer, limit)
-        quantiles = score_pairs(self.model, self.tokenizer, encoded, batch_size)
+        cpu = self.model.device.type == "cpu"
+        quantiles = score_pairs(self.model, self.tokenizer, encoded, batch_size, use_cpu=cpu)
         share = encoded["share"][:] if "share" in encoded.column_names else 1.0
         return measure(quantiles, read_link(self.model.config), share)
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'MOSS_RLHF', 'LengthSampler', 'pair_metrics', 'LengthTrainer',
-           'check_processes', 'PairTrainer', 'check_finite', 'training_arguments',
-           'warm_up_trainer', 'score_pairs', 'rewards_table']
+           'use_one_gpu', 'check_processes', 'PairTrainer', 'check_finite',
+           'training_arguments', 'warm_up_trainer', 'score_pairs', 'rewards_table']
 
 # %% ../nbs/03_training.ipynb #cell-3
 import os
@@ -93,8 +93,10 @@ def pair_metrics(
 class LengthTrainer(Trainer):
     "A `Trainer` whose batches hold rows of like length; `disable_tqdm` keeps its log silent."
 
-    def __init__(self, *args, lengths: list[int] | None = None, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, model, args=None, *, lengths: list[int] | None = None, **kwargs):
+        args = args or TrainingArguments()
+        use_one_gpu(args)
+        super().__init__(model, args, **kwargs)
         fuse_activations(self.model)
         check_processes(self.args.world_size)
         self.lengths = lengths  # of the training rows
@@ -117,6 +119,18 @@ class LengthTrainer(Trainer):
                 "so that the learning rate never reaches its peak; give fewer."
             )
         return super().create_scheduler(num_training_steps, optimizer)
+
+
+def use_one_gpu(
+    args: TrainingArguments,  # changed in place
+) -> None:
+    "Train on one GPU a process; a `Trainer` alone would split each batch over all it sees."
+    if args.n_gpu > 1:
+        print(
+            f"{args.n_gpu} GPUs are visible and this process trains on the first; accelerate "
+            "launch trains on all of them (chapter 14)."
+        )
+        args._n_gpu = 1
 
 
 def check_processes(
@@ -322,11 +336,11 @@ def score_pairs(
     pairs: Dataset,  # encoded pairs
     batch_size: int = 32,  # pairs at a time
     precision: str = "float32",  # or `bfloat16`, as in `training_arguments`
-    disable_tqdm: bool = False,  # no progress bar
+    **kwargs,  # any field of `transformers.TrainingArguments`
 ) -> np.ndarray:  # quantiles `[pairs, 2, N]`, float32, chosen first
     "Score both responses of each pair."
     order = np.argsort(row_lengths(pairs, shared=True))[::-1]
-    said = dict(per_device_eval_batch_size=batch_size, disable_tqdm=disable_tqdm)
+    said = dict(per_device_eval_batch_size=batch_size) | kwargs
     said |= dict(eval_accumulation_steps=500)  # or else all outputs are copied at each step
     with TemporaryDirectory() as nothing_is_written:
         args = training_arguments(nothing_is_written, 1, **said)

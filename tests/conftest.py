@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # there is a process for each core already
+if "GPU" not in os.environ:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # numbers are compared to the last digit
 
 import pytest
 from filelock import FileLock
