@@ -278,9 +278,10 @@ def side_by_side(
     processes: int = 2,  # at the same time
     desc: str | None = None,  # of a progress bar; None: no bar
 ) -> list:  # the results, in the order of the tasks
-    "Call `function` for every task, in copies of this process where the system has `fork`."
+    "Call `function` for every task, in copies of this process where it can be copied."
     bar = dict(total=len(tasks), desc=desc, disable=desc is None)
-    if processes == 1 or "fork" not in get_all_start_methods():
+    can_copy = "fork" in get_all_start_methods() and not torch.accelerator.is_available()
+    if processes == 1 or not can_copy:
         return list(tqdm(map(function, tasks), **bar))
     with ProcessPoolExecutor(processes, get_context("fork"), die_with_parent) as pool:
         return list(tqdm(pool.map(function, tasks), **bar))

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['Row', 'FOUND', 'SHOWN', 'pack_row', 'collate_shared', 'shared_mask', 'find_head',
-           'describe_outputs', 'output_names', 'reading_at', 'shared_quantiles',
-           'separate_outputs', 'packed_outputs', 'probe_row', 'shares_prompt',
-           'same_both_ways', 'cut_row', 'outputs_of_rows', 'row_lengths',
-           'pair_batch', 'longest_sequence', 'can_share']
+           'describe_outputs', 'output_names', 'reading_at', 'fill_rows',
+           'shared_quantiles', 'separate_outputs', 'packed_outputs', 'probe_row',
+           'shares_prompt', 'same_both_ways', 'cut_row', 'outputs_of_rows',
+           'row_lengths', 'pair_batch', 'longest_sequence', 'can_share']
 
 # %% ../nbs/12_packing.ipynb #cell-3
 from operator import itemgetter
@@ -114,6 +114,18 @@ def reading_at(
     return find_head(model).register_forward_hook(read)
 
 # %% ../nbs/12_packing.ipynb #cell-29
+def fill_rows(
+    batch: dict[str, torch.Tensor],  # from `collate_shared`
+) -> dict[str, torch.Tensor]:
+    "Fill rows with padding up to a multiple of 8 tokens."
+    missing = -batch["input_ids"].shape[1] % 8
+    padding = dict(input_ids=0, position_ids=0, segments=-1)
+    for name, value in padding.items():
+        filled = torch.nn.functional.pad(batch[name], (0, missing), value=value)
+        batch = batch | {name: filled}
+    return batch
+
+
 def shared_quantiles(
     model,  # a reward model, wrapped or not
     batch: dict[str, torch.Tensor],  # from `collate_shared`
@@ -121,6 +133,8 @@ def shared_quantiles(
 ) -> torch.Tensor:  # `[batch, K, N]`
     "The outputs for K responses to each prompt, the prompt computed once."
     inner = inner or model
+    if batch["input_ids"].device.type != "cpu":
+        batch = fill_rows(batch)
     with reading_at(inner, batch["ends"]):
         out = model(
             input_ids=batch["input_ids"],
@@ -180,7 +194,7 @@ def shares_prompt(
     "Whether a model computes the same on packed rows as on separate sequences."
     row = probe_row(model.config.get_text_config(), pad_token_id, longest)
     tokens, found = len(row[0] + row[1][0]), FOUND.setdefault(model, {})
-    how = model.dtype, model.config._attn_implementation
+    how = model.device.type, model.dtype, model.config._attn_implementation
     tried, shared = found.get(how, (0, True))
     untried = tokens > tried if shared else tokens < tried
     if untried:

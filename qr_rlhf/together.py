@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['die_with_parent', 'Lines', 'Told', 'work', 'sendable', 'Shown', 'put_title',
-           'train_together', 'start', 'show_next', 'how_many', 'usable_cores']
+           'train_together', 'start', 'show_next', 'how_many', 'usable_cores',
+           'use_one_gpu', 'check_processes']
 
 # %% ../nbs/37_together.ipynb #cell-3
 import multiprocessing
@@ -23,7 +24,9 @@ from types import SimpleNamespace
 
 import torch
 from tqdm.auto import tqdm
-from transformers import TrainerCallback, trainer
+from transformers import TrainerCallback, TrainingArguments, trainer
+
+from .formats import InputError
 
 # %% ../nbs/37_together.ipynb #cell-6
 def die_with_parent():
@@ -204,3 +207,27 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+# %% ../nbs/37_together.ipynb #93ef0ae9
+def use_one_gpu(
+    args: TrainingArguments,  # changed in place
+) -> None:
+    "Train on the first GPU alone, and say so where there are more."
+    if args.n_gpu > 1:
+        print(
+            f"{args.n_gpu} GPUs are visible, and this process trains on the first; accelerate "
+            "launch trains on all of them (chapter 14)."
+        )
+        args._n_gpu = 1
+
+
+def check_processes(
+    together: int,  # processes that train together
+) -> None:
+    "Raise `ValueError` where each of several processes would train alone."
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if started != together:
+        raise InputError(
+            f"processes: {started} were started, but each would train alone; take arguments "
+            "from training_arguments, or give use_cpu=True where there is no GPU."
+        )

@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'MOSS_RLHF', 'LengthSampler', 'pair_metrics', 'LengthTrainer',
-           'use_one_gpu', 'check_processes', 'PairTrainer', 'check_finite',
-           'training_arguments', 'warm_up_trainer', 'score_pairs', 'rewards_table']
+           'PairTrainer', 'training_arguments', 'warm_up_trainer', 'score_pairs',
+           'rewards_table']
 
 # %% ../nbs/03_training.ipynb #cell-3
-import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -47,6 +46,7 @@ from qr_rlhf.many import (
 from .model import RewardDistribution, quantile_levels, read_quantiles
 from .packing import can_share, longest_sequence, row_lengths, shared_quantiles
 from .size import list_lengths
+from .together import check_processes, use_one_gpu
 
 # %% ../nbs/03_training.ipynb #cell-11
 class LengthSampler(Sampler):
@@ -80,13 +80,13 @@ class LengthSampler(Sampler):
 def pair_metrics(
     quantiles: torch.Tensor,  # `[pairs, 2, N]`, chosen first
     share: torch.Tensor | None = None,  # of votes for chosen `[pairs]`; None: one vote each
-) -> dict[str, float]:  # `accuracy`, `margin`, and with N > 1 `crossing_rate`
-    "Summarise a batch of pairs."
+) -> dict[str, torch.Tensor]:  # `accuracy`, `margin`, and with N > 1 `crossing_rate`
+    "Summarise a batch of pairs, in tensors of one number each."
     rewards = RewardDistribution(quantiles.float())
     won, margin = count_votes(rewards.mean(), share)
-    metrics = dict(accuracy=won.mean().item(), margin=margin.mean().item())
+    metrics = dict(accuracy=won.mean(), margin=margin.mean())
     if quantiles.shape[-1] > 1:
-        metrics["crossing_rate"] = rewards.crossing_rate().mean().item()
+        metrics["crossing_rate"] = rewards.crossing_rate().mean()
     return metrics
 
 # %% ../nbs/03_training.ipynb #cell-28
@@ -96,9 +96,9 @@ class LengthTrainer(Trainer):
     def __init__(self, model, args=None, *, lengths: list[int] | None = None, **kwargs):
         args = args or TrainingArguments()
         use_one_gpu(args)
+        check_processes(args.world_size)
         super().__init__(model, args, **kwargs)
         fuse_activations(self.model)
-        check_processes(self.args.world_size)
         self.lengths = lengths  # of the training rows
         if self.args.disable_tqdm:
             self.remove_callback(PrinterCallback)
@@ -119,30 +119,6 @@ class LengthTrainer(Trainer):
                 "so that the learning rate never reaches its peak; give fewer."
             )
         return super().create_scheduler(num_training_steps, optimizer)
-
-
-def use_one_gpu(
-    args: TrainingArguments,  # changed in place
-) -> None:
-    "Train on one GPU a process; a `Trainer` alone would split each batch over all it sees."
-    if args.n_gpu > 1:
-        print(
-            f"{args.n_gpu} GPUs are visible and this process trains on the first; accelerate "
-            "launch trains on all of them (chapter 14)."
-        )
-        args._n_gpu = 1
-
-
-def check_processes(
-    together: int,  # processes that train together
-) -> None:
-    "Raise `ValueError` where each of several processes would train alone."
-    started = int(os.environ.get("WORLD_SIZE", 1))
-    if started != together:
-        raise InputError(
-            f"processes: {started} were started, but each would train alone; take arguments "
-            "from training_arguments, or give use_cpu=True where there is no GPU."
-        )
 
 # %% ../nbs/03_training.ipynb #cell-30
 COLUMNS = ["chosen_ids", "rejected_ids", *GROUP_COLUMNS]  # of pairs and groups
@@ -181,7 +157,8 @@ class PairTrainer(ScaleTrainer, LengthTrainer):
         longest = length_limit(model.config, longest_sequence(train_dataset, eval_dataset))
         if train_dataset is not None:
             model.config.quantile_link = self.objective.link
-        self.inner, self.watched, self.pair_metrics = model, [], compute_metrics
+        self.inner, self.pair_metrics = model, compute_metrics
+        self.losses, self.watched = [], []  # of training batches since the last log
         pad = processing_class.pad_token_id
         self.shared = can_share(model, pad, longest) if shared is None else shared
         lengths = None if train_dataset is None else row_lengths(train_dataset, self.shared)
@@ -208,8 +185,10 @@ class PairTrainer(ScaleTrainer, LengthTrainer):
         else:
             share, outputs = inputs.pop("share", None), self.outputs(model, inputs)
             loss = self.objective(outputs[:, 0], outputs[:, 1], share)
-        check_finite(loss, self.state.global_step)
-        if model.training and len(outputs):
+        self.losses.append((self.state.global_step, loss.detach()))
+        if not model.training:
+            self.check_losses()
+        elif len(outputs):
             quantiles = self.objective.quantiles(outputs.detach())
             self.watched.append(pair_metrics(quantiles, share))
         return (loss, outputs) if return_outputs else loss
@@ -249,18 +228,25 @@ class PairTrainer(ScaleTrainer, LengthTrainer):
         return pair_metrics(self.objective.quantiles(outputs), share)
 
     def log(self, logs, start_time=None):
+        self.check_losses()
         if "loss" in logs and self.watched:
-            logs |= {k: float(np.mean([w[k] for w in self.watched])) for k in self.watched[0]}
+            logs |= pd.DataFrame(self.watched).map(float).mean().to_dict()
             self.watched = []
         super().log(logs, start_time)
 
-# %% ../nbs/03_training.ipynb #cell-32
-def check_finite(loss: torch.Tensor, step: int):
-    "Raise `FloatingPointError` for a loss that is infinite or not a number."
-    if not loss.isfinite():
-        raise FloatingPointError(
-            f"the loss is {loss.item()} at step {step}; lower learning_rate, or see the data."
-        )
+    def _save_checkpoint(self, *args, **kwargs):
+        self.check_losses()
+        super()._save_checkpoint(*args, **kwargs)
+
+    def check_losses(self):
+        "Raise `FloatingPointError` for a loss that is infinite or not a number."
+        for step, loss in self.losses:
+            if not loss.isfinite():
+                raise FloatingPointError(
+                    f"the loss is {loss.item()} at step {step}; lower learning_rate, or see "
+                    "the data."
+                )
+        self.losses = []
 
 # %% ../nbs/03_training.ipynb #cell-34
 MOSS_RLHF = dict(

@@ -13,7 +13,13 @@ from transformers import TrainerCallback
 
 from qr_rlhf import load, train
 from qr_rlhf.losses import OBJECTIVES
-from qr_rlhf.packing import collate_shared, separate_outputs, shared_quantiles, shares_prompt
+from qr_rlhf.packing import (
+    collate_shared,
+    packed_outputs,
+    separate_outputs,
+    shared_quantiles,
+    shares_prompt,
+)
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and GPU=1")
 QUICK = dict(disable_tqdm=True, learning_rate=1e-3, epochs=4)
@@ -67,6 +73,18 @@ def test_a_shared_prompt_gives_what_separate_sequences_give(kind, precision):
     packed = shared_quantiles(model, batch).float()
     separate = separate_outputs(model, ROWS, 0).unflatten(0, (2, 2)).float()
     assert (packed - separate).abs().max() < PRECISIONS[precision] * separate.abs().max()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_rows_of_any_length_are_right_where_heads_share_a_key(precision):
+    "PyTorch's fused attention is wrong for 33, 65, ... tokens with a mask (pytorch#191937)."
+    exact = tiny("llama", KINDS["llama"])
+    model = tiny("llama", KINDS["llama"]).to("cuda", getattr(torch, precision))
+    for longer in range(64):
+        rows = [([5, 6, 7, 8] * 5, [[9, 10, 11, 1] * 2, [12] * longer + [1]])]
+        here, there = (packed_outputs(m, rows, 0).float().cpu() for m in (exact, model))
+        assert (here - there).abs().max() < PRECISIONS[precision] * here.abs().max()
 
 
 def test_gradients_of_a_shared_prompt_are_the_same():
