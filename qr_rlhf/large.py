@@ -21,6 +21,7 @@ import torch
 from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from .backbones import load_tokenizer, local_or_hub
 from .formats import InputError
@@ -38,6 +39,7 @@ def add_adapter(
     "Freeze a reward model and add a LoRA adapter to each of its linear layers."
     head = next(name for name, module in model.named_modules() if module is find_head(model))
     where = dict(task_type="SEQ_CLS", target_modules="all-linear", modules_to_save=[head])
+    where |= dict(fan_in_fan_out=any(isinstance(m, Conv1D) for m in model.modules()))
     config = need("peft").LoraConfig(r=rank, lora_alpha=2 * rank, **where)
     model = need("peft").get_peft_model(model, config)
     float32_head(model)
