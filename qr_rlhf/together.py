@@ -212,10 +212,10 @@ def usable_cores() -> int:
 def use_one_gpu(
     args: TrainingArguments,  # changed in place
 ) -> None:
-    "Train on the first GPU alone, and say so where there are more."
+    "Use the first GPU alone, and say so where there are more."
     if args.n_gpu > 1:
         print(
-            f"{args.n_gpu} GPUs are visible, and this process trains on the first; accelerate "
+            f"{args.n_gpu} GPUs are visible, and this process uses the first; accelerate "
             "launch trains on all of them (chapter 14)."
         )
         args._n_gpu = 1

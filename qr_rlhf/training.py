@@ -93,8 +93,7 @@ def pair_metrics(
 class LengthTrainer(Trainer):
     "A `Trainer` whose batches hold rows of like length; `disable_tqdm` keeps its log silent."
 
-    def __init__(self, model, args=None, *, lengths: list[int] | None = None, **kwargs):
-        args = args or TrainingArguments()
+    def __init__(self, model, args, *, lengths: list[int] | None = None, **kwargs):
         use_one_gpu(args)
         check_processes(args.world_size)
         super().__init__(model, args, **kwargs)
@@ -164,7 +163,7 @@ class PairTrainer(ScaleTrainer, LengthTrainer):
         lengths = None if train_dataset is None else row_lengths(train_dataset, self.shared)
         super().__init__(
             model,
-            args,
+            args or TrainingArguments(),
             lengths=lengths,
             scale=make_scale(model.config, train_dataset, eval_dataset),
             train_dataset=train_dataset,
@@ -228,9 +227,11 @@ class PairTrainer(ScaleTrainer, LengthTrainer):
         return pair_metrics(self.objective.quantiles(outputs), share)
 
     def log(self, logs, start_time=None):
+        if "loss" in logs:  # the mean over all processes
+            self.losses.append((self.state.global_step, torch.tensor(logs["loss"])))
         self.check_losses()
         if "loss" in logs and self.watched:
-            logs |= pd.DataFrame(self.watched).map(float).mean().to_dict()
+            logs |= pd.DataFrame(self.watched).map(float).mean(skipna=False).to_dict()
             self.watched = []
         super().log(logs, start_time)
 
@@ -240,13 +241,13 @@ class PairTrainer(ScaleTrainer, LengthTrainer):
 
     def check_losses(self):
         "Raise `FloatingPointError` for a loss that is infinite or not a number."
-        for step, loss in self.losses:
+        losses, self.losses = self.losses, []
+        for step, loss in losses:
             if not loss.isfinite():
                 raise FloatingPointError(
                     f"the loss is {loss.item()} at step {step}; lower learning_rate, or see "
                     "the data."
                 )
-        self.losses = []
 
 # %% ../nbs/03_training.ipynb #cell-34
 MOSS_RLHF = dict(
@@ -326,10 +327,10 @@ def score_pairs(
 ) -> np.ndarray:  # quantiles `[pairs, 2, N]`, float32, chosen first
     "Score both responses of each pair."
     order = np.argsort(row_lengths(pairs, shared=True))[::-1]
-    said = dict(per_device_eval_batch_size=batch_size) | kwargs
+    said = dict(per_device_eval_batch_size=batch_size)
     said |= dict(eval_accumulation_steps=500)  # or else all outputs are copied at each step
     with TemporaryDirectory() as nothing_is_written:
-        args = training_arguments(nothing_is_written, 1, **said)
+        args = training_arguments(nothing_is_written, 1, **said | kwargs)
         with torch.autocast(args.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
             trainer = PairTrainer(model, args, eval_dataset=pairs, processing_class=tokenizer)
             outputs = trainer.predict(pairs.select(order)).predictions

@@ -9,6 +9,7 @@ import pytest
 import torch
 from test_library import PAIRS, place
 from test_packing import KINDS, tiny
+from torch._dynamo.utils import counters
 from transformers import TrainerCallback
 
 from qr_rlhf import load, train
@@ -139,6 +140,8 @@ def test_many_prompts_are_scored_alike_in_any_batch(place):
 def test_a_compiled_training_ends_where_a_plain_one_does(place):
     how = dict(batch_size=4, **QUICK)
     plain = train(place / "backbone", PAIRS, place / "plain", **how)
+    counters.clear()
     compiled = train(place / "backbone", PAIRS, place / "compiled", torch_compile=True, **how)
+    assert counters["stats"]["unique_graphs"] > 0
     scores = [m.score(ASKED, ["9", "1"]).quantiles for m in (plain, compiled)]
     torch.testing.assert_close(*scores, atol=1e-2, rtol=1e-2)

@@ -210,3 +210,13 @@ def test_the_scalar_model_learns_bradley_terry_alone(make):
     loss, outputs = trainer.compute_loss(model, copy.copy(batch), return_outputs=True)
     by_hand = torch.nn.functional.softplus(outputs[:, 1, 0] - outputs[:, 0, 0]).mean()
     assert torch.isclose(loss, by_hand)
+
+
+def test_weights_of_a_loss_that_is_not_finite_are_not_saved(make, tmp_path):
+    "Losses are read when something is logged or saved, whichever comes first."
+    often = FAST | dict(save_strategy="steps", save_steps=1, logging_steps=10, warmup_steps=0)
+    args = training_arguments(tmp_path / "inf", 3, **often)
+    trainer = make(PaperObjective(weight=float("inf")), arguments=args, n=10)
+    with pytest.raises(FloatingPointError, match="the loss is inf at step 0"):
+        trainer.train()
+    assert not list((tmp_path / "inf").glob("checkpoint-*"))

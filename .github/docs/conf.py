@@ -48,7 +48,7 @@ def contents() -> str:
     parts = {
         "Experiments": ["run", "report"],
         "The story": chapters[:9],
-        "The machine room": chapters[9:],
+        "More": chapters[9:],
         "Studies": studies,
     }
     trees = [
