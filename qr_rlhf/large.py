@@ -39,8 +39,9 @@ def add_adapter(
     "Freeze a reward model and add a LoRA adapter to each of its linear layers."
     head = next(name for name, module in model.named_modules() if module is find_head(model))
     where = dict(task_type="SEQ_CLS", target_modules="all-linear", modules_to_save=[head])
-    where |= dict(fan_in_fan_out=any(isinstance(m, Conv1D) for m in model.modules()))
-    config = need("peft").LoraConfig(r=rank, lora_alpha=2 * rank, **where)
+    transposed = any(isinstance(module, Conv1D) for module in model.modules())
+    how = dict(r=rank, lora_alpha=2 * rank, fan_in_fan_out=transposed)
+    config = need("peft").LoraConfig(**how, **where)
     model = need("peft").get_peft_model(model, config)
     float32_head(model)
     return model
