@@ -12,7 +12,7 @@ __all__ = ['Networks', 'Rows', 'Learners', 'BestEpoch', 'LearnersTrainer', 'trai
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from itertools import pairwise
-from multiprocessing import get_all_start_methods, get_context
+from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -32,7 +32,7 @@ from .pipeline import write_scratch
 from .resume import take_up, train_to
 from .runs import encode_parts, run_arguments
 from .settings import Settings
-from .together import die_with_parent
+from .together import can_copy, die_with_parent
 from .training import PairTrainer, warm_up_trainer
 
 # %% ../nbs/17_experiments.ipynb #cell-6
@@ -280,8 +280,7 @@ def side_by_side(
 ) -> list:  # the results, in the order of the tasks
     "Call `function` for every task, in copies of this process where it can be copied."
     bar = dict(total=len(tasks), desc=desc, disable=desc is None)
-    can_copy = "fork" in get_all_start_methods() and not torch.accelerator.is_available()
-    if processes == 1 or not can_copy:
+    if processes == 1 or not can_copy():
         return list(tqdm(map(function, tasks), **bar))
     with ProcessPoolExecutor(processes, get_context("fork"), die_with_parent) as pool:
         return list(tqdm(pool.map(function, tasks), **bar))

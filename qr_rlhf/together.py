@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['die_with_parent', 'Lines', 'Told', 'work', 'sendable', 'Shown', 'put_title',
-           'train_together', 'start', 'show_next', 'how_many', 'usable_cores',
-           'use_one_gpu', 'check_processes']
+           'train_together', 'start', 'show_next', 'how_many', 'can_copy',
+           'usable_cores', 'use_one_gpu', 'check_processes']
 
 # %% ../nbs/37_together.ipynb #cell-3
 import multiprocessing
@@ -196,11 +196,15 @@ def how_many(
     "How many trainings this machine can run at the same time."
     weights = Path(backbone, "model.safetensors")
     small = weights.exists() and weights.stat().st_size < 100e6
-    can_copy = "fork" in multiprocessing.get_all_start_methods()
-    busy = torch.accelerator.is_available() or "WORLD_SIZE" in os.environ
-    if busy or not small or not can_copy:
+    if "WORLD_SIZE" in os.environ or not small or not can_copy():
         return 1
     return max(1, usable_cores() // torch.get_num_threads())
+
+
+def can_copy() -> bool:
+    "Whether this process can be copied: by `fork`, and without a GPU, which copies can't use."
+    has_fork = "fork" in multiprocessing.get_all_start_methods()
+    return has_fork and not torch.accelerator.is_available()
 
 
 def usable_cores() -> int:
