@@ -14,6 +14,7 @@ from datasets import Dataset
 from test_model import backbone, refusal, tokenizer
 from transformers import TrainingArguments
 
+from qr_rlhf import resume
 from qr_rlhf.data import encode_pairs
 from qr_rlhf.losses import (
     PURM,
@@ -167,6 +168,7 @@ def test_processes_that_would_train_alone_are_stopped(make, tmp_path, monkeypatc
 
 
 def test_two_trainings_do_not_share_a_folder(make, tmp_path, monkeypatch):
+    monkeypatch.setattr(resume, "PATIENCE", 0.1)
     with hold(tmp_path / "rm.working"):
         told = refusal(train_to, tmp_path / "rm", lambda work: make(n=1, folder=work))
         assert "rm.working: another process is working here" in told
