@@ -301,21 +301,29 @@ def test_what_text_teaches_by_votes_and_ratings(project):
         assert (folder / f"{figure}.png").stat().st_size > 1000
 
 
-def test_scale_chooses_weight_decay_on_other_worlds_than_it_reports_on(project):
-    small = dict(worlds="5,7", tuned_on="4", pairs=600, tuning_pairs=300, n_test=60, epochs=1)
+def test_scale_chooses_its_remedy_on_other_worlds_than_it_reports_on(project):
+    small = dict(worlds="5,7", tuned_on="4", pairs=600, n_test=60, epochs=1)
     kinds = "spread of response,spread of prompt"
     project.run("studies/scale", check=False, kinds=kinds, **small)
     results = project.results("scale")
     tried = pd.DataFrame(results["tried"])
     assert set(tried.world) == {4} and set(tried.kind) == set(kinds.split(","))
-    assert results["share"] == tried.groupby("model").gap.mean().idxmin()
+    gaps = tried.groupby("model").gap.mean().drop("as before")
+    assert gaps[results["chosen"]] <= gaps.min() + 1
     for kind, models in results["results"].items():
-        assert set(models["as before"]) == {"gap", "order", "scale"} and kind in kinds
+        assert set(models["as before"]) == {"gap", "order", "scale", "slope"} and kind in kinds
         assert set(models["four scalars"]) == {"gap"}
         assert all(len(v) == 2 and min(v) > 0 for m in models.values() for v in [m["gap"]])
+    half, slightly_wrong = results["nats"]["spread of response, world 5"]
+    assert 0 < slightly_wrong < half
     assert min(results["best"]["spread of response"]) > 1
     findings = json.loads((project.folder / "runs/scale/findings.json").read_text())
-    assert set(findings["within"]) == {"as before", "last layer free", "four, last layer free"}
+    assert set(findings["within"]) == {
+        "as before",
+        "remedy",
+        "four with remedy",
+        "told the chances",
+    }
 
 
 @pytest.fixture(scope="module")
