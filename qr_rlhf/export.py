@@ -9,7 +9,6 @@ __all__ = ['CHAT_TEMPLATE', 'MODEL_CARD', 'CARD_METRICS', 'STRICT', 'JINJA', 'AD
            'export_card']
 
 # %% ../nbs/16_export.ipynb #cell-3
-import dataclasses
 import json
 import re
 from pathlib import Path
@@ -276,7 +275,7 @@ def model_card(
         family=config.quantile_family,
         link=read_link(config),
         levels=[f"{level:g}" for level in config.quantile_levels],
-        options=dataclasses.asdict(settings.make_objective()),
+        options=settings.make_objective().options(),
         metrics=measured(results, model, seed),
         adapter=(Path(folder) / "adapter").is_dir(),
         dialogues="all" if "groups" in results else "the chosen",

@@ -9,6 +9,7 @@ __all__ = ['OBJECTIVES', 'RECONSTRUCTIONS', 'bradley_terry', 'distributional_bra
            'CategoricalDPL', 'usual_objective', 'check_objective']
 
 # %% ../nbs/02_losses.ipynb #cell-3
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -111,6 +112,10 @@ class Objective:
     def penalty(self, chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor | float:
         "What the batch costs beyond its pairs, `[...]`."
         return 0.0
+
+    def options(self) -> dict[str, object]:
+        "The options of an objective that is a dataclass, by name; any other has none."
+        return dataclasses.asdict(self) if dataclasses.is_dataclass(self) else {}
 
     def __call__(
         self, chosen: torch.Tensor, rejected: torch.Tensor, share: torch.Tensor | None = None

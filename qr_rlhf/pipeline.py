@@ -217,7 +217,7 @@ def collect_results(
         dropped=run.dropped,
         shared_prompts=count_shared_prompts(train, evaluation),
         seeds=s.seeds,
-        objective=dict(name=s.objective, **dataclasses.asdict(objective)),
+        objective=dict(name=s.objective, **objective.options()),
         versions=versions(),
         **evaluate(rewards, run.lengths(), link=run.link(), prompts=run.prompts()),
         null=length_null(rewards, run.lengths(), run.prompts()),

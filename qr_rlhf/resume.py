@@ -327,6 +327,7 @@ def train_on(trainer: Trainer, work: Path, title: str | None):
 def save(trainer: Trainer, saved: Path, folder: Path, finish: Callable | None):
     "Save a trained model to `saved`, and move it to `folder` when it is whole."
     trainer.save_model(str(saved))
+    trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
         (saved / "training_args.bin").unlink(missing_ok=True)  # a pickle
         (saved / "log.json").write_text(json.dumps(trainer.state.log_history))

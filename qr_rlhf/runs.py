@@ -231,7 +231,8 @@ def launch(
 
 def read_arguments(arguments: list[str]) -> tuple[str | None, Settings]:
     about = "Train a run's reward models; the options are the parameters of nbs/run.ipynb."
-    parser = argparse.ArgumentParser("accelerate launch -m qr_rlhf.runs", description=about)
+    named = dict(prog="accelerate launch -m qr_rlhf.runs", description=about)
+    parser = argparse.ArgumentParser(**named, allow_abbrev=False)
     for parameter, help in parameters().items():
         parser.add_argument(f"--{parameter}", help=help)
     parser.set_defaults(profile="paper")
@@ -246,5 +247,8 @@ def read_arguments(arguments: list[str]) -> tuple[str | None, Settings]:
     return name, settings
 
 # %% ../nbs/15_runs.ipynb #cell-32
-if __name__ == "__main__" and __spec__:
-    launch(sys.argv[1:])  # started by `-m`, not in a notebook
+if __name__ == "__main__" and __spec__:  # started by `-m`, not in a notebook
+    try:
+        launch(sys.argv[1:])
+    except InputError as error:
+        sys.exit(str(error))

@@ -40,7 +40,7 @@ try:
     from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
     from starlette.exceptions import HTTPException
 except ImportError:
-    needed = "serve: fastapi and uvicorn are needed; pip install 'qr_rlhf[serve]'."
+    needed = "serve: fastapi and uvicorn are needed; pip install -e '.[serve]'."
     raise ImportError(needed) from None
 
 # %% ../nbs/22_serve.ipynb #cell-8

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 
@@ -151,6 +152,14 @@ def test_launch_refuses_what_only_the_notebook_does():
         launch(["--precision", "half"])
 
 
+def test_the_command_says_what_is_wrong_in_one_sentence(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["runs", "--precision", "half"])
+    with pytest.raises(SystemExit, match="^precision: 'half' is unknown"):
+        runpy.run_module("qr_rlhf.runs", run_name="__main__")
+    with pytest.raises(SystemExit, match="2"):  # no other option is taken for it
+        launch(["--epoch", "1"])
+
+
 def test_steps_are_counted_over_all_processes(tmp_path, monkeypatch):
     made = []
 
@@ -200,10 +209,12 @@ def test_files_appear_whole_or_not_at_all(tmp_path):
     assert (tmp_path / "made" / "figure.png").read_text() == "old"
 
 
-def test_an_objective_needs_no_number_of_quantiles(monkeypatch):
+def test_an_objective_needs_no_options_and_no_dataclass(monkeypatch):
     given = Objective()
     monkeypatch.setitem(OBJECTIVES, "purm", (given, 1))
     assert make_settings("demo", workload="helpful", objective="purm").make_objective() is given
+    assert given.options() == {}  # a run writes them down, and so does its card
+    assert make_settings("demo", objective="dpl_normal").make_objective().options() == {"n": 10}
 
 
 def test_versions_of_what_computes_are_known():
