@@ -318,12 +318,7 @@ def test_scale_chooses_its_remedy_on_other_worlds_than_it_reports_on(project):
     assert 0 < slightly_wrong < half
     assert min(results["best"]["spread of response"]) > 1
     findings = json.loads((project.folder / "runs/scale/findings.json").read_text())
-    assert set(findings["within"]) == {
-        "as before",
-        "remedy",
-        "four with remedy",
-        "told the chances",
-    }
+    assert set(findings["within"]) | {"four scalars"} == set(results["results"][kind])
 
 
 @pytest.fixture(scope="module")
