@@ -169,8 +169,10 @@ def hold(
         with naming_place(folder):
             folder.mkdir(parents=True, exist_ok=True)
             return lock.acquire()
-    except FileNotFoundError:  # deleted by the process that we waited for
-        return hold(folder, again, patience)
+    except FileNotFoundError:
+        if not patience:
+            raise
+        return hold(folder, again)  # the process that we waited for has deleted the folder
     except Timeout:
         raise InputError(
             f"{folder.name}: another process is working here; wait for it, or give another "
@@ -239,10 +241,8 @@ def last_checkpoint(
             return str(checkpoint)
         if first_process():
             wrong = " and ".join(damage)
-            print(
-                f"{checkpoint.parent.name}: {wrong}; {checkpoint.name} is passed over",
-                flush=True,
-            )
+            said = f"{checkpoint.parent.name}: {wrong}; {checkpoint.name} is passed over"
+            print(said, flush=True)
     return None
 
 
