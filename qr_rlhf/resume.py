@@ -139,8 +139,7 @@ def take_up(
     folder = Path(folder)
     if not (folder / MANIFEST).exists():
         return folder.exists()
-    damage = find_damage(folder)
-    if damage and first_process():
+    if (damage := find_damage(folder)) and first_process():
         aside = folder.with_name(folder.name + ".damaged")
         shutil.rmtree(aside, ignore_errors=True)
         folder.rename(aside)
@@ -162,7 +161,8 @@ def hold(
     patience: float = 0.0,  # seconds to wait for another process
 ) -> AcquireReturnProxy | nullcontext:  # a context; it lets go at its end
     "Keep others out of a folder; raises `ValueError` if another process is working there."
-    lock = FileLock(folder / ".lock", timeout=patience, is_singleton=again)
+    seconds = 0 if "WORLD_SIZE" in os.environ else patience  # the others would not wait
+    lock = FileLock(folder / ".lock", timeout=seconds, is_singleton=again)
     if not first_process():  # which holds the folder for all
         return nullcontext(lock)
     try:
