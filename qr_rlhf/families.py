@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OWNED', 'DPL_UNIT', 'DPL_WITHIN', 'VotedWorld', 'PromptWorld', 'scale_cost',
-           'DPLWorld', 'OpposedWorld', 'family', 'draw_rows', 'stretch_to_fit',
-           'best_normals']
+           'world_scale_cost', 'DPLWorld', 'OpposedWorld', 'family', 'draw_rows',
+           'stretch_to_fit', 'best_normals']
 
 # %% ../nbs/28_families.ipynb #cell-3
 from dataclasses import dataclass
@@ -141,6 +141,17 @@ def scale_cost(
 
     search.step(gap)
     return float(gap())
+
+# %% ../nbs/28_families.ipynb #f-world-cost-1
+def world_scale_cost(
+    world: VotedWorld | VectorWorld,  # of any kind
+    factor: float = 0.5,  # as in `scale_cost`
+) -> float:  # in nats a vote
+    "What a wrong scale of spread costs in a world: the mean of `scale_cost` over samples."
+    shared = dict(per_prompt=15) if isinstance(world, PromptWorld) else {}
+    drawn = (world.pairs(15, seed=500 + i, **shared)[0] for i in range(4))
+    costs = [scale_cost(world.truth(x.reshape(30, -1)), factor) for x in drawn]
+    return float(np.mean(costs))
 
 # %% ../nbs/28_families.ipynb #cell-26
 DPL_UNIT = 10.0  # rewards of DPL's world in units of the vote's noise

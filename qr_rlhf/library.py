@@ -14,7 +14,6 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -258,8 +257,7 @@ def read_objective(objective: str | Objective, n: int) -> tuple[Objective, int]:
         return objective, getattr(objective, "n", n)
     check_choice("objective", objective, OBJECTIVES)
     n = 1 if objective == "scalar" else n
-    named: Any = OBJECTIVES[objective][0]
-    return dataclasses.replace(named, n=n) if hasattr(named, "n") else named, n
+    return OBJECTIVES[objective][0].with_quantiles(n), n
 
 
 def read_parts(pairs: object, validation: object) -> tuple[Dataset, Dataset | None]:

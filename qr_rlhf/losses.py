@@ -12,6 +12,7 @@ __all__ = ['OBJECTIVES', 'RECONSTRUCTIONS', 'bradley_terry', 'distributional_bra
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -116,6 +117,11 @@ class Objective:
     def options(self) -> dict[str, object]:
         "The options of an objective that is a dataclass, by name; any other has none."
         return dataclasses.asdict(self) if dataclasses.is_dataclass(self) else {}
+
+    def with_quantiles(self, n: int) -> "Objective":
+        "The same objective for n quantiles, if their number is one of its options."
+        own: Any = self
+        return dataclasses.replace(own, n=n) if hasattr(self, "n") else self
 
     def __call__(
         self, chosen: torch.Tensor, rejected: torch.Tensor, share: torch.Tensor | None = None

@@ -161,7 +161,7 @@ def hold(
     patience: float = 0.0,  # seconds to wait for another process
 ) -> AcquireReturnProxy | nullcontext:  # a context; it lets go at its end
     "Keep others out of a folder; raises `ValueError` if another process is working there."
-    seconds = 0 if "WORLD_SIZE" in os.environ else patience  # the others would not wait
+    seconds = 0 if "WORLD_SIZE" in os.environ else patience  # the other processes would go on
     lock = FileLock(folder / ".lock", timeout=seconds, is_singleton=again)
     if not first_process():  # which holds the folder for all
         return nullcontext(lock)

@@ -231,8 +231,9 @@ def launch(
 
 def read_arguments(arguments: list[str]) -> tuple[str | None, Settings]:
     about = "Train a run's reward models; the options are the parameters of nbs/run.ipynb."
-    named = dict(prog="accelerate launch -m qr_rlhf.runs", description=about)
-    parser = argparse.ArgumentParser(**named, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        "accelerate launch -m qr_rlhf.runs", description=about, allow_abbrev=False
+    )
     for parameter, help in parameters().items():
         parser.add_argument(f"--{parameter}", help=help)
     parser.set_defaults(profile="paper")

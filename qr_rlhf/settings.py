@@ -14,7 +14,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
-from typing import Any
 
 from transformers import SchedulerType
 
@@ -134,8 +133,7 @@ class Settings:
             return self.fill(DistributionalObjective, n=self.n_quantiles)
         if self.objective == "paper":
             return self.fill(PaperObjective)
-        named: Any = OBJECTIVES[self.objective][0]
-        return dataclasses.replace(named, n=self.n_quantiles) if hasattr(named, "n") else named
+        return OBJECTIVES[self.objective][0].with_quantiles(self.n_quantiles)
 
     def fill(self, objective: type[Objective], **known) -> Objective:
         "An objective with the settings that bear its parameters' names, where they are given."
