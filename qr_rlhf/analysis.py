@@ -110,7 +110,7 @@ def accuracy(chosen: np.ndarray, rejected: np.ndarray) -> float:
     "Share of pairs whose chosen response lies above the rejected one; a tie counts half."
     return float(((chosen > rejected) + 0.5 * (chosen == rejected)).mean())
 
-
+# %% ../nbs/04_analysis.ipynb #u04-5
 def auroc(chosen: np.ndarray, rejected: np.ndarray) -> float:
     "Chance that a chosen response lies above a rejected one *of any prompt*; a tie is half."
     n, m = len(chosen), len(rejected)
@@ -147,7 +147,7 @@ def reliability(
     means = {name: of_bins[filled] / pairs[filled] for name, of_bins in sums.items()}
     return pd.DataFrame(means | dict(pairs=pairs[filled]), pd.Index(filled, name="bin"))
 
-
+# %% ../nbs/04_analysis.ipynb #u04-8
 def ece(table: pd.DataFrame) -> float:
     "Expected calibration error of a `reliability` table (Naeini et al. 2015), between 0 and 1."
     forecast, happened, pairs = (table[k].to_numpy() for k in ("forecast", "happened", "pairs"))
@@ -182,7 +182,7 @@ def half_samples(pairs: int | list, n_resamples: int = 200, seed: int = 0) -> np
     with_others = np.stack([half, ~half], axis=1).reshape(-1, len(which))
     return np.concatenate([np.ones((1, len(which)), bool), with_others])
 
-
+# %% ../nbs/04_analysis.ipynb #u04-11
 def pair_error(values: np.ndarray | pd.Series) -> float:
     "Standard error over pairs of a statistic on `half_samples`."
     halves = np.asarray(values, float)[1:].reshape(-1, 2)
@@ -203,7 +203,7 @@ def seed_interval(values: np.ndarray | pd.Series) -> dict[str, float]:
     half = student_t.ppf(0.975, n - 1) * values.std(ddof=1) / np.sqrt(n) if n > 1 else np.nan
     return dict(value=float(mean), low=float(mean - half), high=float(mean + half))
 
-
+# %% ../nbs/04_analysis.ipynb #u04-16
 def interval(*by_seed: np.ndarray | pd.Series) -> dict[str, float]:
     """Mean over seeds of a statistic on `half_samples`, given for each: `value`, `low`, `high`.
 
@@ -217,7 +217,7 @@ def interval(*by_seed: np.ndarray | pd.Series) -> dict[str, float]:
     low, high = values[0] - half, values[0] + half
     return dict(value=float(values[0]), low=float(low), high=float(high))
 
-
+# %% ../nbs/04_analysis.ipynb #u04-17
 def format_interval(part: dict[str, float], digits: int = 3, sign: bool = False) -> str:
     "Write `0.123 [0.100, 0.150]`; the value alone without bounds, nothing for nan."
     if np.isnan(part["value"]):
@@ -247,7 +247,7 @@ METRICS = dict(
     length_correlation="rank correlation of reward and length",
 )
 
-
+# %% ../nbs/04_analysis.ipynb #u04-24
 def statistics(quantiles, samples, lengths=None, link="mean") -> pd.DataFrame:
     "Every metric (a column) on every sample of pairs (a row); without link or lengths fewer."
     means, rows = quantiles.mean(axis=-1), []
@@ -276,7 +276,7 @@ def swapped(quantiles, lengths=None, link="mean") -> pd.Series:
         draws.append(statistics(quantiles[pairs, order], everything, moved, link).iloc[0])
     return pd.DataFrame(draws).mean()
 
-
+# %% ../nbs/04_analysis.ipynb #u04-32
 def summarise(tables: list[pd.DataFrame], zero: pd.Series | None = None) -> dict:
     "Intervals of `statistics` (a table per seed), `swapped` values; the estimators under `kl`."
     parts = {name: interval(*(table[name] for table in tables)) for name in tables[0]}
@@ -315,14 +315,14 @@ def evaluate(
     gains = [(q - s)[list(q)] for s, q in zip(*tables.values(), strict=True)]
     return dict(models=models, difference=summarise(gains))
 
-
+# %% ../nbs/04_analysis.ipynb #u04-33
 def sampled_pairs(n: int) -> np.ndarray:
     "Which pairs the intervals come from: all, or of very many some at random."
     if n <= MOST_SINGLY:
         return np.arange(n)
     return np.random.default_rng(0).permutation(n)[:MOST_SINGLY]
 
-
+# %% ../nbs/04_analysis.ipynb #u04-34
 def on_samples(quantiles, some, samples, lengths, link) -> pd.DataFrame:
     "`statistics`; of many pairs on samples of some, narrowed to what those of all would be."
     n, most = len(quantiles), len(some)
@@ -332,7 +332,7 @@ def on_samples(quantiles, some, samples, lengths, link) -> pd.DataFrame:
     halves = statistics(quantiles[some], samples, of_some, link)
     return narrow(halves, statistics(quantiles, np.ones((1, n), bool), lengths, link), most / n)
 
-
+# %% ../nbs/04_analysis.ipynb #u04-35
 def check_comparison(rewards, lengths):
     names, n = sorted(set(rewards.model)), rewards.pair.nunique()
     if names != sorted(MODELS):

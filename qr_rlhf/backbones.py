@@ -76,7 +76,7 @@ def load_weights(
     check_weights(name, model, trained, found)
     return fuse_activations(model)
 
-
+# %% ../nbs/25_backbones.ipynb #s25-2
 @contextmanager
 def without_report() -> Iterator[None]:
     "Within this context `transformers` prints no report of missing weights."
@@ -87,7 +87,7 @@ def without_report() -> Iterator[None]:
     finally:
         set_verbosity(verbosity)
 
-
+# %% ../nbs/25_backbones.ipynb #s25-4
 def check_weights(name: str | Path, model: PreTrainedModel, trained: bool, found: dict) -> None:
     "Raise `ValueError` for weights that don't fit; say which are new, but for a new head's."
     for key, shape, wanted in found["mismatched_keys"]:

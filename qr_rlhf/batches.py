@@ -41,11 +41,13 @@ def encode_text(
     after = [] if text[len(text) - len(after) :] == after else after
     return before + text + after
 
-
+# %% ../nbs/24_batches.ipynb #s24-2
 def check_ids(ids: list[int], size: int, where: str) -> None:
     "Raise `ValueError` for what isn't a token's id."
     if not all(type(i) is int and 0 <= i < size for i in ids):
-        raise InputError(f"{where}: an id is none from 0 to {size - 1}; correct it.")
+        raise InputError(
+            f"{where}: a token's id must be a whole number from 0 to {size - 1}; correct it."
+        )
 
 # %% ../nbs/24_batches.ipynb #cell-15
 def length_batches(
@@ -108,6 +110,11 @@ class Scorer:
         where: str,  # the field they came from
     ) -> tuple[torch.Tensor, int]:  # `[texts, N]`; how many tokens they have
         "Wait for the quantiles; raises `Busy`, or `ValueError` for texts that can't be read."
+        if len(texts) > self.most:
+            raise InputError(
+                f"{where}: {len(texts)} texts are more than the {self.most} that may wait; "
+                "send fewer at a time."
+            )
         if self.waiting + len(texts) > self.most:
             raise Busy(f"busy: {self.waiting} texts wait already; try again later.")
         answer = Future()

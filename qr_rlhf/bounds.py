@@ -51,7 +51,7 @@ def seed_bounds(
         margins.setdefault(model, []).append(means[:, 0] - means[:, 1])
     return {model: spread_over(np.stack(found), width) for model, found in margins.items()}
 
-
+# %% ../nbs/32_bounds.ipynb #b-spread-over
 def spread_over(
     margins: np.ndarray,  # of several networks, `[networks, pairs]`
     width: float = 1.0,  # standard deviations between a margin and its bound
@@ -118,7 +118,7 @@ def margin(objective: Objective, outputs: torch.Tensor) -> torch.Tensor:
     means = objective.quantiles(outputs).mean(-1)
     return means[:, 0] - means[:, 1]
 
-
+# %% ../nbs/32_bounds.ipynb #b-slopes
 def value_and_slopes(
     what: Callable,  # `log_odds` or `margin`
     objective: Objective,  # that the model was trained with
@@ -223,7 +223,7 @@ def head_inputs(
         return inputs
     return torch.cat([inputs, torch.ones_like(inputs[..., :1])], -1)
 
-
+# %% ../nbs/32_bounds.ipynb #b-weights
 def head_weights(model: PreTrainedModel) -> torch.Tensor:
     "The weights of the last layer, double precision, with its bias as the last column."
     head = find_head(model)

@@ -148,7 +148,7 @@ def check_requests(prompts: Sequence, responses: Sequence) -> None:
             "of responses to each."
         )
 
-
+# %% ../nbs/20_chat.ipynb #s20-6
 @contextmanager
 def naming(request: int, of_many: bool) -> Iterator[None]:
     "Within this context an error says which of many requests it is about."
@@ -158,7 +158,7 @@ def naming(request: int, of_many: bool) -> Iterator[None]:
         which = f"request {request}: " if of_many else ""
         raise type(error)(f"{which}{error}") from None
 
-
+# %% ../nbs/20_chat.ipynb #s20-9
 def check_asked(asked: list[dict]) -> None:
     "Raise `ValueError` unless the user asks."
     if not asked or asked[-1]["role"] != "user":
@@ -195,7 +195,7 @@ def length_limit(
         )
     return limit
 
-
+# %% ../nbs/20_chat.ipynb #s20-12
 def check_fits(
     found: tuple[list[int], list[list[int]]] | ValueError,  # from `encode_dialogues`
     limit: int,  # most tokens in a sequence

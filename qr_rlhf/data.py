@@ -102,7 +102,7 @@ def load_pairs(
     check_any_left(len(table), dropped, split, source)
     return table, dict(dropped)
 
-
+# %% ../nbs/00_data.ipynb #u00-1
 def kept_rows(
     rows: Rows,
     read: Callable,  # makes a pair, or a group, of a row
@@ -125,7 +125,7 @@ def kept_rows(
             dropped[str(reason)] += 1
         voted = check_votes(row, voted, where)
 
-
+# %% ../nbs/00_data.ipynb #u00-2
 class Grouped(Exception):
     "A row says more than a pair does."
 
@@ -136,7 +136,7 @@ def read_plain(row: object, where: str) -> dict:
         raise Grouped
     return read_pair(row, where)
 
-
+# %% ../nbs/00_data.ipynb #u00-3
 def read_pair(row: object, where: str) -> dict:
     "Read a row as a pair; the share of votes goes along, if the row has it."
     read = read_row(row, where)
@@ -158,7 +158,7 @@ def hash_share(
     "A number that depends on a text alone, the same on every machine."
     return int.from_bytes(hashlib.sha256((salt + text).encode()).digest()[:8], "big") / 2**64
 
-
+# %% ../nbs/00_data.ipynb #u00-12
 def part_of(prompt: str) -> str:
     "Which part of a source that is cut in two a prompt belongs to: `train` or `test`."
     return "test" if hash_share(split_turns(prompt)[0], "test") < 0.2 else "train"
@@ -244,7 +244,7 @@ def encode_rows(
         for row, found in zip(rows, found, strict=True)
     ]
 
-
+# %% ../nbs/00_data.ipynb #u00-20
 def name_ids(row: dict, found: tuple, most: int) -> dict | None:
     "What is added to a row; None if it is too long."
     prompt, ids = found
@@ -306,7 +306,7 @@ def pad_rows(
     tensors = [torch.tensor(row) for row in rows]
     return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
 
-
+# %% ../nbs/00_data.ipynb #u00-26
 def collate_sequences(
     sequences: list[list[int]],  # token ids
     pad_token_id: int,  # the padding token
@@ -315,7 +315,7 @@ def collate_sequences(
     mask = [[1] * len(sequence) for sequence in sequences]
     return dict(input_ids=pad_rows(sequences, pad_token_id), attention_mask=pad_rows(mask, 0))
 
-
+# %% ../nbs/00_data.ipynb #u00-27
 def collate_pairs(
     rows: list[dict],  # rows of `encode_pairs`
     pad_token_id: int,  # the padding token

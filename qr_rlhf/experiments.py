@@ -170,7 +170,7 @@ class LearnersTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         return sum(loss.sum() for loss in model.losses(**inputs).values())
 
-
+# %% ../nbs/17_experiments.ipynb #h17-6
 def train_networks(
     objectives: dict,  # name → (objective, number of outputs), as in `OBJECTIVES`
     train: Rows,  # pairs to train on
@@ -213,7 +213,7 @@ def train_networks(
     check_finite(best.last)
     return learners.eval()
 
-
+# %% ../nbs/17_experiments.ipynb #h17-8
 def make_optimizer(learners: Learners, settings: dict) -> torch.optim.AdamW:
     "AdamW for the weights of each objective, and what else it learns, by its own settings."
     groups = []
@@ -225,7 +225,7 @@ def make_optimizer(learners: Learners, settings: dict) -> torch.optim.AdamW:
         groups.append(dict(params=others, lr=rate, weight_decay=0))
     return torch.optim.AdamW(groups, betas=(0.9, 0.99), fused=True)
 
-
+# %% ../nbs/17_experiments.ipynb #h17-11
 def check_finite(losses: dict[str, torch.Tensor]):
     for name, loss in losses.items():
         if not loss.isfinite().all():
@@ -252,7 +252,7 @@ def best_factor(
     found = minimize_scalar(lambda power: loss(np.exp(power)), bounds=(-4, 4), method="bounded")
     return float(np.exp(found.x))
 
-
+# %% ../nbs/17_experiments.ipynb #h17-14
 def objective_temperature(objective: Objective, chosen, rejected) -> float:
     "The factor by which all outputs must be multiplied for the least log-loss of these votes."
     return best_factor(lambda f: -float(objective.log_win(f * chosen, f * rejected).mean()))

@@ -47,7 +47,7 @@ def ending_normalizer(
         steps.append(replacement(rf"(?<!{'|'.join([re.escape(token), *others])})\z", token))
     return dict(type="Sequence", normalizers=steps)
 
-
+# %% ../nbs/16_export.ipynb #cell-13-p2
 def replacement(where: str, text: str) -> dict:
     return dict(type="Replace", pattern=dict(Regex=where), content=text)
 
@@ -61,7 +61,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
 )
 
-
+# %% ../nbs/16_export.ipynb #cell-15-p2
 def ending_tokenizer(
     tokenizer,  # a fast tokenizer of `transformers`
 ) -> PreTrainedTokenizerFast:  # a copy for stock tools
@@ -97,7 +97,7 @@ def text_ends(
         before = [tokenizer.bos_token_id] if opens else []
     return before, after
 
-
+# %% ../nbs/16_export.ipynb #f16-ends-p2
 def check_ends(copy, tokenizer, before: list[int], after: list[int]):
     for text in ("Hello, world!", "\n\nHuman: Why?\n\nAssistant: Because.\n", "naïve 北京 <b>"):
         wanted = before + tokenizer(text, add_special_tokens=False)["input_ids"] + after
@@ -335,7 +335,7 @@ print(reward("\n\nHuman: Why?\n\nAssistant: Because."))
 {{ versions.items() | map("join", " ") | join(", ") }}
 """
 
-
+# %% ../nbs/16_export.ipynb #cell-31-p2
 def export_card(
     config,  # the export's configuration, with `risk_measure`
     source: str,  # name of the checkpoint it was made of

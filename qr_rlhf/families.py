@@ -234,7 +234,7 @@ def stretch_to_fit(
 
     return stretched(minimize(loss, [0, 0], method="Nelder-Mead").x)
 
-
+# %% ../nbs/28_families.ipynb #f-best-normals
 def best_normals(
     truth: Truth,  # reward distributions of pairs, `[n, 2, groups]`
     p: np.ndarray,  # probability that the first response of each wins, `[n]`

@@ -41,14 +41,14 @@ def table1(results: list[dict]) -> pd.DataFrame:
         table[change] = 100 * by_run.pct_change(fill_method=None)
     return table
 
-
+# %% ../nbs/05_figures.ipynb #use05-1
 def check_same_setting(results):
     if not results:
         raise InputError("Table 1 needs the results of one run or more.")
     for key in ("profile", "data", "backbone"):
         if any(r[key] != results[0][key] for r in results):
             names = "; ".join(f"{r['name']}: {r[key]}" for r in results)
-            raise InputError(f"Runs of different {key} need a table each ({names}).")
+            raise InputError(f"Runs that differ in {key} need a table each ({names}).")
 
 # %% ../nbs/05_figures.ipynb #cell-11
 COLORS = dict(
@@ -109,7 +109,7 @@ def first_seed(rewards: pd.DataFrame, note: str) -> tuple[dict[str, np.ndarray],
     shown = {model: arrays[model, seed] for model in MODELS if (model, seed) in arrays}
     return shown, f"{note}\nseed {seed}, {rewards.pair.nunique():,} pairs"
 
-
+# %% ../nbs/05_figures.ipynb #use05-6
 def standardise(
     quantiles: np.ndarray,  # `[pairs, 2, N]`
 ) -> np.ndarray:  # `[pairs, 2]`

@@ -40,7 +40,7 @@ class Rows:
     def __iter__(self):
         return self.begin()
 
-
+# %% ../nbs/35_files.ipynb #f-read-file
 def read_file(
     path: str | Path,  # a file with one of the `ENDINGS`
 ) -> Rows:
@@ -53,7 +53,7 @@ def read_file(
         )
     return Rows(partial(file_rows, path))
 
-
+# %% ../nbs/35_files.ipynb #f-file-rows
 def file_rows(path: Path) -> Iterator[tuple[str, object]]:
     "The rows of a file, read one by one; only a JSON array is read whole."
     if path.name.lower().endswith(".parquet"):
@@ -88,7 +88,7 @@ def reading(path: Path) -> Iterator[None]:
             f"{path}: can't be read ({fault}); give a whole file in {', '.join(ENDINGS)}."
         ) from None
 
-
+# %% ../nbs/35_files.ipynb #f-parquet
 def read_parquet(path: Path) -> Iterator[dict]:
     "Read the rows of a Parquet file, of the columns we use if it has any of them."
     with reading(path), pq.ParquetFile(path) as file:
@@ -96,7 +96,7 @@ def read_parquet(path: Path) -> Iterator[dict]:
         for part in file.iter_batches(1000, columns=columns or None):
             yield from part.to_pylist()
 
-
+# %% ../nbs/35_files.ipynb #f-lines
 def read_lines(path: Path) -> Iterator[bytes]:
     "Read a file's lines, unzipped if it ends in .gz, without a byte order mark."
     unzip = gzip.open if path.name.lower().endswith(".gz") else open
@@ -179,7 +179,7 @@ def in_processes(
         for oldest, made in waiting:
             yield oldest, made.result()
 
-
+# %% ../nbs/35_files.ipynb #f-begin
 def begin_process():
     die_with_parent()
     gc.freeze()  # what is there already is not looked through again and again

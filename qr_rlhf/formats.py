@@ -128,7 +128,7 @@ def check_message(message: Any, where: str) -> None:
     if role not in ("system", *MARKERS) and not uses_tools(message):
         raise InputError(f"{where} has the role {role!r}; use system, user and assistant.")
 
-
+# %% ../nbs/10_formats.ipynb #cell-26-p2
 def check_text(text: object, where: str, what: str) -> str:
     "Return a string unchanged; raise `ValueError` for anything else."
     if not isinstance(text, str):
@@ -196,7 +196,7 @@ def check_row(row: Any, where: str) -> None:
             "to 1, the share of votes for 'chosen', in every row or in none."
         )
 
-
+# %% ../nbs/10_formats.ipynb #cell-35-p2
 def check_sides(sides: dict[str, Any], where: str) -> None:
     "Raise `ValueError` unless all sides are strings, or all are lists."
     for name, side in sides.items():

@@ -96,6 +96,8 @@ OWNERS = [
     ["my son's", "my wife's", "my flatmate's", "my late uncle's"],  # doubtful
     ["a stranger's", "my neighbour's", "my boss's", "my ex's"],  # harmful
 ]
+
+# %% ../nbs/13_grammar.ipynb #cell-13-p2
 ACTS = [
     Act(request, texts[:2], texts[2:])
     for request, *texts in read_phrases("""
@@ -241,7 +243,7 @@ def split_sentences(text: str) -> list[str]:
     "Part a text into sentences."
     return re.split(r"(?<=[.!?]) ", text.strip())
 
-
+# %% ../nbs/13_grammar.ipynb #cell-27-p2
 def parse_response(
     response: str,  # the last assistant turn
 ) -> Response | None:  # None if the text does not have the form above
@@ -274,7 +276,7 @@ def write_turn(
     background = say(rng, "background").format(name=say(rng, "name"), place=say(rng, "place"))
     return without_gaps(f"{say(rng, 'greeting')} {background} {question}")
 
-
+# %% ../nbs/13_grammar.ipynb #cell-32-p2
 def say(rng: random.Random, name: str) -> str:
     return rng.choice(PHRASES[name])
 
@@ -319,7 +321,7 @@ def write_pair(
     )
     return f"{before}\n\nHuman: {turn}\n\nAssistant:", a, b
 
-
+# %% ../nbs/13_grammar.ipynb #cell-38-p2
 def say_in_tone(rng: random.Random, part: str) -> str:
     tone = rng.choices(list(TONES), [0.3, 0.5, 0.2])[0]
     return say(rng, f"{tone} {part}")

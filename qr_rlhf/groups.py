@@ -47,7 +47,7 @@ BESIDE = [*UNCLEAR, *PAIR_RATINGS["chosen"], *PAIR_RATINGS["rejected"]]
 ALONE = "prompt share response completion rater votes ranking instruction completions".split()
 COLUMNS = list(dict.fromkeys([*SIDES, *BESIDE, *ALONE, *LISTS]))  # all that is read of a row
 
-
+# %% ../nbs/29_groups.ipynb #g-needs
 def responses_of(row: dict) -> list[str]:
     "The responses of a row of a table of pairs or of groups."
     return row["responses"] if "responses" in row else [row[side] for side in SIDES]
@@ -137,7 +137,7 @@ def read_pair_row(row: dict, where: str) -> Said:
         ratings.append(read_numbers(given, where, f"the field '{names[0]}'"))
     return {side: row[side] for side in SIDES}, [(0, 1, float(row.get("share", 1)))], ratings
 
-
+# %% ../nbs/29_groups.ipynb #g-rated-row
 def read_rated_row(row: dict, where: str) -> Said:
     "One response with its rating or ratings."
     response = one_of(row, ("response", "completion"), where)
@@ -170,7 +170,7 @@ def read_several(row: dict, where: str) -> Said:
     numbers = [read_numbers(own, where, f"ratings[{i}]") for i, own in enumerate(ratings)]
     return sides, votes, numbers
 
-
+# %% ../nbs/29_groups.ipynb #g-scored
 def read_scored(row: dict, where: str) -> Said:
     "Responses with their scores, as UltraFeedback has them."
     sides, ratings = {}, []
@@ -211,7 +211,7 @@ def read_votes(votes: Any, n: int, where: str) -> list[tuple[int, int, float]]:
         found.append((int(first), int(second), float(share)))
     return found
 
-
+# %% ../nbs/29_groups.ipynb #g-ranking
 def read_ranking(ranking: Any, n: int, where: str) -> list[tuple[int, int, float]]:
     "Comparisons by a ranking; two of the same rank get half a vote each."
     ranks = each_of(ranking, "ranking", n, where)
@@ -287,7 +287,7 @@ def part_dialogues(
         responses = [response.removeprefix(marker) for response in responses]
     return prompt, responses
 
-
+# %% ../nbs/29_groups.ipynb #g-replies
 def check_replies(sides: list[list[str]], responses: list[str]) -> None:
     "Raise `Dropped` if a response is empty or ends with the human."
     last = [turns[-1] for turns in sides]

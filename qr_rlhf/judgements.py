@@ -43,7 +43,7 @@ def find_values(
         )
     return values.tolist()
 
-
+# %% ../nbs/33_judgements.ipynb #j-nearest
 def nearest(
     ratings: list[float],  # any numbers
     values: list[float],  # from `find_values`
@@ -68,7 +68,7 @@ def number_ratings(
     features = Features(table.features | dict(rating=List(Value("int32"))))
     return table.map(categorise, batched=True, features=features, desc="ratings"), values
 
-
+# %% ../nbs/33_judgements.ipynb #j-parts
 def number_parts(
     train: Dataset,  # pairs or groups
     valid: Dataset | None,  # to validate on
@@ -103,7 +103,7 @@ def as_pairs(
         )
     return Dataset.from_list([pair | dict(group=prompts[pair["prompt"]]) for pair in pairs])
 
-
+# %% ../nbs/33_judgements.ipynb #j-compared
 def compared_pairs(groups: Dataset) -> Iterator[dict]:
     "Pairs by comparisons."
     for group in groups:
@@ -113,7 +113,7 @@ def compared_pairs(groups: Dataset) -> Iterator[dict]:
             sides = dict(chosen=chosen, rejected=rejected)
             yield dict(prompt=group["prompt"]) | sides | dict(share=share)
 
-
+# %% ../nbs/33_judgements.ipynb #j-rated
 def rated_pairs(groups: Dataset) -> Iterator[dict]:
     "Pairs by the mean of ratings, of all rows with the same prompt."
     given: dict[str, dict[str, list[float]]] = {}
@@ -163,7 +163,7 @@ def count_groups(
         raters=len({name for names in groups["rater"] for name in names}),
     )
 
-
+# %% ../nbs/33_judgements.ipynb #j-say-size
 def say_size(
     table: Dataset,  # groups
     values: list[float] | tuple = (),  # the number of each category
@@ -176,7 +176,7 @@ def say_size(
     told += f" (values {stand})" if stand else ""
     return f"{told}; {found['responses']:,} responses to {found['prompts']:,} prompts"
 
-
+# %% ../nbs/33_judgements.ipynb #j-size-rows
 def size_rows(
     train: Dataset,  # pairs or groups
     valid: Dataset,  # to choose checkpoints by
@@ -194,7 +194,7 @@ def size_rows(
         found[f"ratings {end}"] += f", {raters:,} raters named" if raters else ""
     return found
 
-
+# %% ../nbs/33_judgements.ipynb #j-group-results
 def group_results(
     tables: dict[str, Dataset],  # by part, with `train`
     values: list[float],  # the number of each category
@@ -207,7 +207,7 @@ def group_results(
     told = f"groups ({say_size(tables['train'], values)})"
     return dict(groups=counts | dict(rating_values=values), trained_on=told)
 
-
+# %% ../nbs/33_judgements.ipynb #j-advise
 def advise(
     table: Dataset,  # what is trained on
     objective: str,  # which objective is to learn from it
@@ -261,7 +261,7 @@ def load_parts(
     lost = dict(train=dropped, valid={}, eval=dropped_eval | left_out)
     return train, evaluation, lost
 
-
+# %% ../nbs/33_judgements.ipynb #j-decided
 def decided_pairs(
     pairs: Dataset,  # from `as_pairs`, or a source's own
     n: int | None = None,  # most pairs, chosen by a hash; None: all
@@ -272,7 +272,9 @@ def decided_pairs(
     rows = [prefer_chosen(row) for row in pairs if row["share"] != 0.5]
     keys = [hash_share(row["prompt"] + row["chosen"] + row["rejected"]) for row in rows]
     kept = sorted(np.argsort(keys)[:n])
-    left_out = Counter(no_majority=len(pairs) - len(rows), over_limit=len(rows) - len(kept))
+    left_out = Counter(
+        no_majority=len(pairs) - len(rows), pairs_over_limit=len(rows) - len(kept)
+    )
     return Dataset.from_list([rows[i] for i in kept]), dict(+left_out)
 
 
@@ -283,7 +285,7 @@ def prefer_chosen(pair: dict) -> dict:
     swapped = dict(chosen=pair["rejected"], rejected=pair["chosen"])
     return pair | swapped | dict(share=1 - pair["share"])
 
-
+# %% ../nbs/33_judgements.ipynb #j-check
 def check_evaluation(pairs: Dataset):
     "Refuse too few pairs for an interval, or too few prompts where groups gave the pairs."
     grouped = "group" in pairs.column_names

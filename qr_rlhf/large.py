@@ -46,7 +46,7 @@ def add_adapter(
     float32_head(model)
     return model
 
-
+# %% ../nbs/14_large.ipynb #h14-2
 def need(
     package: str,  # `peft` or `bitsandbytes`
 ):
@@ -124,7 +124,7 @@ def load_adapter(
     float32_head(model)
     return model.eval()
 
-
+# %% ../nbs/14_large.ipynb #h14-7
 def merge_adapter(
     folder: str | Path,  # with an adapter, on the Hub or here
     tokenizer,  # its tokenizer
@@ -164,7 +164,7 @@ def find_base(adapter: Path) -> str | Path:
     places = [folder / name for folder in adapter.resolve().parents]
     return next((place for place in places if place.is_dir()), name)
 
-
+# %% ../nbs/14_large.ipynb #h14-10
 def how_held(config: AutoConfig) -> dict:
     "How a base was held beside its adapter, as arguments of `from_pretrained`."
     packed = getattr(config, "quantization_config", None)
@@ -174,7 +174,7 @@ def how_held(config: AutoConfig) -> dict:
         packed = BitsAndBytesConfig.from_dict(packed)
     return dict(dtype=config.dtype, quantization_config=packed)
 
-
+# %% ../nbs/14_large.ipynb #h14-43
 @contextmanager
 def naming_base(whose: str):
     "Within this context a base that can't be had is an error that says whose it is."
@@ -213,7 +213,7 @@ def head_rows(adapter: Path) -> int | None:
         weights = [key for key in saved if key.endswith(".weight")]
         return f.get_slice(weights[-1]).get_shape()[0] if weights else None
 
-
+# %% ../nbs/14_large.ipynb #h14-13
 def adapter_folder(name: str | Path) -> Path:
     "The folder of an adapter, fetched from the Hub if need be."
     folder = Path(name).expanduser()
@@ -277,7 +277,7 @@ def plain_backbone(
     write_folder(folder, write)
     return Path(folder)
 
-
+# %% ../nbs/14_large.ipynb #h14-26
 def merged_place(
     name: str | Path,  # folder or id on the Hub of a language model's adapter
     output: Path,  # what is trained from it

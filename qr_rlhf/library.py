@@ -259,7 +259,7 @@ def read_objective(objective: str | Objective, n: int) -> tuple[Objective, int]:
     n = 1 if objective == "scalar" else n
     return OBJECTIVES[objective][0].with_quantiles(n), n
 
-
+# %% ../nbs/21_library.ipynb #s21-4
 def read_parts(pairs: object, validation: object) -> tuple[Dataset, Dataset | None]:
     "The pairs to train on, and those to validate on, if there are to be any."
     table = read_all(pairs, "train")
@@ -272,7 +272,7 @@ def read_parts(pairs: object, validation: object) -> tuple[Dataset, Dataset | No
         )
     return split_validation(table, float(validation)) if validation else (table, None)
 
-
+# %% ../nbs/21_library.ipynb #s21-5
 def read_all(pairs: object, split: str) -> Dataset:
     "All pairs of a source, or of its split; says how many rows were dropped, and why."
     table, dropped = load_pairs(pairs, split=split, hold_out=False, groups=True)
@@ -303,7 +303,7 @@ def plan(
     size = dict(steps=steps, per_device_train_batch_size=batch_size)
     return size | course | dict(learning_rate=learning_rate)
 
-
+# %% ../nbs/21_library.ipynb #s21-11
 def main_process_first():
     "Within this context the first of several processes goes ahead."
     if cpu := not torch.accelerator.is_available():
@@ -320,7 +320,7 @@ def deciding(told: dict) -> dict:
     "What was told of a training, without what changes nothing but what is shown, or how fast."
     return {name: value for name, value in told.items() if not name.startswith(tuple(SHOWING))}
 
-
+# %% ../nbs/21_library.ipynb #s21-15
 def check_output(output: Path, told: dict) -> None:
     "Raise `ValueError` if a folder holds anything but this very training."
     with suppress(OSError):  # where there is something in it, or nothing there

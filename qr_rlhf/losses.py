@@ -234,7 +234,7 @@ def difference_scale(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tens
     "Standard deviation of R_chosen − R_rejected from outputs (μ, log s), `[...]`."
     return torch.logaddexp(2 * chosen[..., 1], 2 * rejected[..., 1]).mul(0.5).exp()
 
-
+# %% ../nbs/02_losses.ipynb #cell-60-p2
 @dataclass(frozen=True)
 class PURM(Objective):
     "Normal rewards (outputs μ, log s) and unit logistic noise: PURM (arXiv 2503.22480)."
@@ -328,7 +328,7 @@ def usual_objective(
         return PaperObjective(target="none")
     return PaperObjective(link=read_link(config) or "mean")
 
-
+# %% ../nbs/02_losses.ipynb #cell-s80-1-p2
 def check_objective(
     objective: Objective,
     config,  # of the reward model that is to learn it

@@ -149,7 +149,7 @@ def check_level(level, n):
         known = f"the {n} predicted levels, {low:g} to {high:g}"
         raise InputError(f"level: {level} is outside {known}.")
 
-
+# %% ../nbs/01_model.ipynb #cell-20-p2
 def check_link(link, other):
     if link not in ("mean", "distributional") or link != other:
         raise InputError(
@@ -207,15 +207,15 @@ def own_head(config) -> tuple[int, str | None] | None:
         return len(levels or range(config.num_labels)), getattr(config, "quantile_family", None)
     return None
 
-
+# %% ../nbs/01_model.ipynb #cell-45-p2
 def choose_head(config, name, n, family):
     "Number and family of the quantiles: a reward model's own, or else what is asked for."
     if own := own_head(config):
         if (own[0] if n is None else n, family or own[1]) != own:
             raise InputError(
                 f"n, family: {n} and {family!r} were given, but {name} is a reward model with "
-                f"{own[0]} and {own[1]!r}; leave n and family out, or start from a model "
-                "without a head."
+                f"n={own[0]} and family={own[1]!r}; leave n and family out, or start from a "
+                "model without a head."
             )
         return own
     if n is None or n < 1:
@@ -238,7 +238,7 @@ def score(
     "Score responses to one prompt; raises `ValueError` for what can't be read or doesn't fit."
     return score_many(model, tokenizer, [prompt], [responses], max_length, row_tokens)[0]
 
-
+# %% ../nbs/01_model.ipynb #cell-53-p2
 @torch.no_grad()
 def score_many(
     model: PreTrainedModel,  # a reward model
@@ -300,7 +300,7 @@ def normal_quantiles(
     z = torch.special.ndtri(torch.tensor(quantile_levels(n), device=outputs.device))
     return mean[..., None] + log_scale.clamp(-8, 8).exp()[..., None] * z
 
-
+# %% ../nbs/01_model.ipynb #cell-58-p2
 def categorical_quantiles(
     outputs: torch.Tensor,  # logits of K values, evenly spaced in [0, 1], `[..., K]`
     n: int,  # number of quantiles, N

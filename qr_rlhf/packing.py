@@ -87,7 +87,7 @@ def describe_outputs(
     config.id2label = dict(enumerate(names))
     config.label2id = {name: i for i, name in enumerate(names)}
 
-
+# %% ../nbs/12_packing.ipynb #h12-2
 def output_names(levels: list[float], family: str | None) -> list[str]:
     "A name for each output."
     if family == "normal":
@@ -125,7 +125,7 @@ def fill_rows(
         batch = batch | {name: filled}
     return batch
 
-
+# %% ../nbs/12_packing.ipynb #h12-9
 def shared_quantiles(
     model,  # a reward model, wrapped or not
     batch: dict[str, torch.Tensor],  # from `collate_shared`
@@ -302,7 +302,7 @@ def longest_sequence(
     given = [pairs for pairs in tables if pairs is not None]
     return max((int(row_lengths(pairs, shared=False).max()) for pairs in given), default=1)
 
-
+# %% ../nbs/12_packing.ipynb #h12-17
 def can_share(
     model: PreTrainedModel,  # a reward model
     pad_token_id: int,  # the padding token

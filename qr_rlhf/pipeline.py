@@ -127,7 +127,7 @@ def add_backbone(run: Run):
         run.pairs[part], lost = encode_pairs(pairs, run.tokenizer, run.settings.max_length)
         run.dropped[part] |= lost
 
-
+# %% ../nbs/18_pipeline.ipynb #s18-4
 def write_scratch(folder: Path, pairs: Dataset, settings: Settings):
     "Write a small GPT-2 with random weights, and a tokenizer that is learnt from pairs."
     texts = (row["prompt"] + response for row in pairs for response in responses_of(row))
@@ -152,7 +152,7 @@ def warm_up(run: Run):
     train_to(folder, make, title="warm-up of the backbone")
     run.start = folder
 
-
+# %% ../nbs/18_pipeline.ipynb #s18-9
 def train_models(
     run: Run,
     processes: int | None = None,  # that train at the same time; None: as many as fit
@@ -233,7 +233,7 @@ def by_metric(block: dict) -> dict[str, dict]:  # metric → `value`, `low`, `hi
     parts = block | {f"kl_{name}": part for name, part in block["kl"].items()}
     return {metric: parts[metric] for metric in METRICS if metric in parts}
 
-
+# %% ../nbs/18_pipeline.ipynb #s18-13
 def metrics_table(results: dict) -> pd.DataFrame:  # a row per metric, values as text
     "Both models of a run's results and their difference, with 95 % intervals."
     blocks = results["models"].items()
@@ -291,14 +291,14 @@ def verdict_markdown(
     lines = [verdict(metric, difference.get(metric)) for metric in VERDICTS]
     return "\n".join([head, *lines, length_line(results["null"]), *spread_lines(results)])
 
-
+# %% ../nbs/18_pipeline.ipynb #s18-15
 def intervals_are(n_seeds: int) -> str:
     "Over what the intervals of a run are, as `analysis.interval` takes them."
     if n_seeds > 2:
         return f"over pairs and {n_seeds} seeds"
     return "over pairs, " + ("one seed" if n_seeds == 1 else "two seeds as they are")
 
-
+# %% ../nbs/18_pipeline.ipynb #s18-18
 def length_line(null: dict) -> str:
     "Whether the models of a run beat picking by length."
     rule = max("longer", "shorter", key=lambda rule: null[rule]["value"])
@@ -310,7 +310,7 @@ def length_line(null: dict) -> str:
         said += f"; the {model} model {beats} this ({format_interval(gain, sign=True)})"
     return said + "."
 
-
+# %% ../nbs/18_pipeline.ipynb #s18-22
 def spread_lines(results: dict) -> list[str]:
     "What a run found about the quantile model's spread."
     lines, repeated = [], max(results["spread_by_mean"])

@@ -88,7 +88,7 @@ def check_measure(name: str, parameter: float | None):
             f"measure: {name} can't have the parameter {parameter}; give {wanted}."
         )
 
-
+# %% ../nbs/08_policy.ipynb #use08-1
 def read_measure(
     text: str,  # such as `mean`, `cvar 0.2` or `entropic 1`
 ) -> RiskMeasure:
@@ -162,13 +162,13 @@ def export_reward_model(
     write_card(folder, export_card(scalar.config, model.name_or_path))
     return scalar
 
-
+# %% ../nbs/08_policy.ipynb #use08-7
 def check_unfinished(folder: str | Path):
     "Raise `ValueError` for a folder that holds a finished training, before something is saved."
     if (Path(folder) / MANIFEST).exists():
         raise InputError(f"folder: {folder} holds a finished training; give another folder.")
 
-
+# %% ../nbs/08_policy.ipynb #use08-6
 def name_class(config: Path):
     "Call the tokenizer by the name that older versions of `transformers` know."
     values = json.loads(config.read_text()) | dict(tokenizer_class="PreTrainedTokenizerFast")

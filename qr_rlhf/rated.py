@@ -26,7 +26,7 @@ def judge(
     mean, sd = (np.take_along_axis(of, group, -1)[..., 0] for of in (truth.means, truth.sds))
     return rng.normal(mean, sd) + noise * rng.logistic(size=mean.shape)
 
-
+# %% ../nbs/31_rated.ipynb #v-rate
 def rate(
     truth: Truth,  # reward distributions, `[..., groups]` each
     thresholds: np.ndarray,  # in increasing order, `[C-1]`

@@ -69,7 +69,7 @@ class RatingScale(torch.nn.Module):
         category = category.long().expand(shape)[..., None]
         return every.expand(*shape, -1).gather(-1, category).squeeze(-1)
 
-
+# %% ../nbs/27_ratings.ipynb #rt-align
 def align(
     values: torch.Tensor,  # `[*shape, n]`
     like: torch.Tensor,  # `[*shape, ..., N, 1]`
@@ -78,7 +78,7 @@ def align(
     shape, shared = values.shape[:-1], (1,) * (like.dim() - values.dim())
     return values.reshape(*shape, *shared, values.shape[-1])
 
-
+# %% ../nbs/27_ratings.ipynb #rt-checks
 def check_categories(categories: int):
     if categories < 2:
         raise InputError(f"categories: {categories} was given; a rating needs at least two.")
@@ -136,7 +136,7 @@ def joint_log_probability(
     log_p = (of_all + log_softmax(-steps.square() / 2, 0)).logsumexp(-1)
     return log_p[response] / count[response]
 
-
+# %% ../nbs/27_ratings.ipynb #effect-steps
 def effect_steps(
     scale: RatingScale,
     ratings: int,  # most ratings of a response

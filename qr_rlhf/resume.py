@@ -60,7 +60,7 @@ def naming_place(place: Path):
             "make room or give the right to write, or choose another folder."
         ) from None
 
-
+# %% ../nbs/23_resume.ipynb #cell-8-p2
 def why_unwritable(place: Path) -> str | None:
     "The system's reason not to write to a folder, or to the one it would be made in."
     folder = next(f for f in (place, *place.absolute().parents) if f.is_dir())
@@ -105,7 +105,7 @@ def write_json(
     "Write a JSON file whole."
     write_whole(path, lambda place: place.write_text(json.dumps(values, indent=1)))
 
-
+# %% ../nbs/23_resume.ipynb #cell-15-p2
 def find_damage(
     folder: str | Path,  # that should have a manifest
 ) -> str:  # what is wrong with it; empty if nothing is
@@ -121,7 +121,7 @@ def find_damage(
             return f"{name} is damaged"
     return ""
 
-
+# %% ../nbs/23_resume.ipynb #cell-15-p3
 def read_json(
     path: Path,  # of a JSON file
 ) -> dict:  # what it holds; nothing where it is missing or damaged
@@ -151,7 +151,7 @@ def first_process() -> bool:
     "Whether this is the one of several processes that writes and speaks for all."
     return os.environ.get("RANK", "0") == "0"
 
-
+# %% ../nbs/23_resume.ipynb #cell-17-p2
 PATIENCE = 10.0  # seconds that a copy of a killed process has, to end
 
 
@@ -179,7 +179,7 @@ def hold(
             "folder or name."
         ) from None
 
-
+# %% ../nbs/23_resume.ipynb #cell-17-p3
 def write_folder(
     folder: str | Path,  # where to
     write: Callable,  # writes it, given a path
@@ -224,7 +224,7 @@ class Manifests(TrainerCallback):
             if checkpoint.name not in needed:
                 shutil.rmtree(checkpoint)
 
-
+# %% ../nbs/23_resume.ipynb #cell-23-p2
 class AlreadyTrained(Exception):
     "A checkpoint of the last step was loaded: the `Trainer` would train one step more."
 
@@ -251,7 +251,7 @@ def best_of(checkpoint: Path) -> Path | None:
     best = read_json(checkpoint / "trainer_state.json").get("best_model_checkpoint")
     return checkpoint.with_name(Path(best).name) if best else None
 
-
+# %% ../nbs/23_resume.ipynb #cell-25-p2
 def decisive(
     args: TrainingArguments,  # of the trainer
 ) -> dict[str, int | float | str]:
@@ -261,7 +261,7 @@ def decisive(
     here = dict(device=args.device.type, gpus=gpus)
     return {name: getattr(args, name) for name in names} | here
 
-
+# %% ../nbs/23_resume.ipynb #cell-25-p3
 def check_same(
     checkpoint: str | Path,  # to go on from
     about: dict,  # from `decisive`
@@ -306,7 +306,7 @@ def train_to(
         shutil.rmtree(work, ignore_errors=True)
     return not finished
 
-
+# %% ../nbs/23_resume.ipynb #cell-27-p2
 def train_on(trainer: Trainer, work: Path, title: str | None):
     "Train to the end, from the last whole checkpoint if there is one."
     last, about = last_checkpoint(work), decisive(trainer.args)
@@ -323,7 +323,7 @@ def train_on(trainer: Trainer, work: Path, title: str | None):
         if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint:
             trainer._load_best_model()
 
-
+# %% ../nbs/23_resume.ipynb #cell-27-p3
 def save(trainer: Trainer, saved: Path, folder: Path, finish: Callable | None):
     "Save a trained model to `saved`, and move it to `folder` when it is whole."
     trainer.save_model(str(saved))
@@ -337,7 +337,7 @@ def save(trainer: Trainer, saved: Path, folder: Path, finish: Callable | None):
         saved.rename(folder)
     trainer.accelerator.wait_for_everyone()
 
-
+# %% ../nbs/23_resume.ipynb #cell-27-p4
 @contextmanager
 def dropping_halves(work: Path):
     "After an `OSError` in this context nothing half written stays."

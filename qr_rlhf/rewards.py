@@ -29,14 +29,14 @@ def check_rewards(rewards: pd.DataFrame) -> pd.DataFrame:
     refuse(missing_rows(rewards), "are missing", "score each response with each model and seed")
     return rewards
 
-
+# %% ../nbs/36_rewards.ipynb #r-missing
 def missing_rows(rewards):
     wide = rewards.pivot(index=["pair", "seed", "side"], columns=["model", "level"])["reward"]
     grid = wide.unstack("seed").unstack("side")
     missing = grid.isna().stack(["model", "level", "seed", "side"], future_stack=True)
     return missing[missing].index.to_frame()
 
-
+# %% ../nbs/36_rewards.ipynb #r-refuse
 def refuse(rows, problem, remedy):
     "Raise an error that names the first of these rows, if there are any."
     if len(rows):

@@ -104,7 +104,7 @@ def open_run(
         raise
     return lock
 
-
+# %% ../nbs/15_runs.ipynb #h15-42
 def check_settings(path: Path, settings: dict):
     "Refuse a run that was made with other settings, or whose settings can't be read."
     name, made_with = path.parent.name, read_json(path)
@@ -178,7 +178,7 @@ def reward_trainer(
     data = dict(train_dataset=train, eval_dataset=valid, processing_class=tokenizer)
     return PairTrainer(loaded, arguments, objective=objective, **data)
 
-
+# %% ../nbs/15_runs.ipynb #h15-5
 def begin_training(
     folder: Path,  # of the run
     work: str | Path,  # where checkpoints go while it trains
@@ -188,7 +188,7 @@ def begin_training(
     (folder / "rewards.parquet").unlink(missing_ok=True)
     return reward_trainer(work, **parts)
 
-# %% ../nbs/15_runs.ipynb #cell-31
+# %% ../nbs/15_runs.ipynb #h15-8
 def encode_parts(
     pairs: Dataset,  # prompt, chosen, rejected
     tokenizer,  # of the model
@@ -198,7 +198,7 @@ def encode_parts(
     parts = split_validation(pairs)
     return [encode_pairs(part, tokenizer, settings.max_length)[0] for part in parts]
 
-
+# %% ../nbs/15_runs.ipynb #cell-31
 def launch(
     arguments: list[str],  # such as `["--data", "hh", "--backbone", "gpt2"]`
 ) -> Path:  # the run's folder
@@ -228,7 +228,7 @@ def launch(
         lock.release(force=True)
     return folder
 
-
+# %% ../nbs/15_runs.ipynb #h15-10
 def read_arguments(arguments: list[str]) -> tuple[str | None, Settings]:
     about = "Train a run's reward models; the options are the parameters of nbs/run.ipynb."
     parser = argparse.ArgumentParser(

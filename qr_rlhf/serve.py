@@ -87,7 +87,7 @@ class ClassifyRequest(BaseModel):
             return asked
         raise InputError("input: give input, a text or a list of texts, or else messages.")
 
-
+# %% ../nbs/22_serve.ipynb #s22-1
 def is_list(value: object, kind: type) -> bool:
     "Whether a value is a list of that kind, with something in it."
     return isinstance(value, list) and bool(value) and all(type(v) is kind for v in value)
@@ -119,12 +119,12 @@ class RewardRequest(BaseModel):
         "The texts that are asked for; raises `ValueError` if prompts don't go with them."
         if self.prompts is not None and len(self.prompts) != len(self.query):
             raise InputError(
-                f"prompts: {len(self.prompts)} are given for {len(self.query)} texts in query; "
+                f"prompts: there are {len(self.prompts)} for {len(self.query)} texts in query; "
                 "give one for each, or leave prompts out."
             )
         return self.query
 
-
+# %% ../nbs/22_serve.ipynb #s22-7
 def with_logs(
     rewards: list[float],  # of the texts
     quantiles: torch.Tensor,  # `[texts, N]`
@@ -154,13 +154,13 @@ async def say_error(request, error: Exception) -> JSONResponse:
     told = dict(error=dict(message=said, type=kind, param=None, code=status))
     return JSONResponse(told, status, headers)
 
-
+# %% ../nbs/22_serve.ipynb #s22-10
 def first_fault(error: RequestValidationError) -> str:
     fault = error.errors()[0]
     fields = [part for part in fault["loc"] if isinstance(part, str) and part != "body"]
     return whole_sentence(f"{(fields or ['body'])[0]}: {fault['msg']}")
 
-
+# %% ../nbs/22_serve.ipynb #s22-11
 def whole_sentence(said: str) -> str:
     "What was said, with a remedy if it is the framework's own word, such as `Not Found`."
     return said if said.endswith(".") else f"{said}; /docs shows what a request holds."
@@ -187,7 +187,7 @@ class BodyLimit:
 
         await self.app(scope, counted, send)
 
-
+# %% ../nbs/22_serve.ipynb #s22-14
 async def drain(message: dict, receive, most: int):
     "Read on to the end of the body, but no more than so many bytes."
     while message.get("more_body") and most > 0:
@@ -267,7 +267,7 @@ def check_model(asked: str | None, name: str) -> None:
         )
         raise HTTPException(404, said)
 
-
+# %% ../nbs/22_serve.ipynb #s22-15
 def check_number(texts: list, where: str, most: int) -> None:
     "Raise `ValueError` for no text, or for too many."
     if not texts:
@@ -305,7 +305,7 @@ def main(
     most = limits.connections
     uvicorn.run(app, host=given.host, port=given.port, limit_concurrency=most, **usual)
 
-
+# %% ../nbs/22_serve.ipynb #s22-20
 def read_options(arguments: list[str]) -> argparse.Namespace:
     purpose = f"Serve a reward model over HTTP. {KEY} may hold a key that clients must send."
     parser = argparse.ArgumentParser("python -m qr_rlhf.serve", description=purpose)

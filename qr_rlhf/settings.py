@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FIELDS', 'PROFILES', 'TRUTH', 'READERS', 'setting', 'Settings', 'check_value',
-           'check_together', 'make_settings', 'check_name', 'read_value',
-           'read_number', 'read_list', 'parameters']
+           'check_bounds', 'check_together', 'make_settings', 'check_name',
+           'read_value', 'read_number', 'read_list', 'parameters']
 
 # %% ../nbs/09_settings.ipynb #cell-3
 import dataclasses
@@ -28,7 +28,7 @@ def setting(
     default: object = None,  # its value in a profile that has none of its own
     demo: object = None,  # its value in the profile `demo`
     paper: object = None,  # its value in the profile `paper`
-    **bounds,  # `at_least`, its lowest value, or `choices`, its possible values
+    **bounds,  # `at_least` and `at_most` of a number; `choices`, all possible values
 ):  # a field of `Settings`
     "Describe one setting."
     own = dict(demo=demo, paper=paper)
@@ -77,10 +77,18 @@ class Settings:
         demo=2.0,
         at_least=0,
     )
-    warm_up_learning_rate: float = setting("of that stage", 2e-3)
+    warm_up_learning_rate: float = setting("of that stage", 2e-3, at_least=1e-12)
 
-    seeds: list[int] = setting("two models for each, as 0,1,2", demo=[0], paper=[0, 1, 2])
-    dropout: float | None = setting("in the reward stage (None: the backbone's own)")
+    seeds: list[int] = setting(
+        "two models for each, as 0,1,2",
+        demo=[0],
+        paper=[0, 1, 2],
+        at_least=0,
+        at_most=2**32 - 1,
+    )
+    dropout: float | None = setting(
+        "in the reward stage (None: the backbone's own)", at_least=0, at_most=1
+    )
     epochs: float = setting("passes over the training pairs", 1.0, demo=2.0, at_least=1e-9)
     batch_size: int = setting("pairs a device in a training step", 8, demo=16, at_least=1)
     learning_rate: float = setting("peak, AdamW", 5e-6, demo=8e-4, at_least=1e-12)
@@ -143,13 +151,20 @@ class Settings:
 
 # %% ../nbs/09_settings.ipynb #cell-10
 def check_value(field: dataclasses.Field, value: object):
-    least, choices = field.metadata.get("at_least"), field.metadata.get("choices")
-    if least is not None and value is not None and value < least:
-        raise InputError(f"{field.name}: {value} is too small; the least is {least:g}.")
-    if choices:
-        check_choice(field.name, value, choices)
+    items = value if isinstance(value, list) else [value]
+    for number in (item for item in items if isinstance(item, int | float)):
+        check_bounds(field.name, number, **field.metadata)
+    if "choices" in field.metadata:
+        check_choice(field.name, value, field.metadata["choices"])
 
 
+def check_bounds(name, number, at_least=-math.inf, at_most=math.inf, **_):
+    if number < at_least:
+        raise InputError(f"{name}: {number} is too small; the least is {at_least}.")
+    if number > at_most:
+        raise InputError(f"{name}: {number} is too large; the most is {at_most}.")
+
+# %% ../nbs/09_settings.ipynb #use09-3
 def check_together(settings: Settings):
     if name_workload(settings.data) in WORKLOADS and not settings.subsets:
         check_choice("workload", settings.workload, WORKLOADS)
@@ -168,7 +183,7 @@ PROFILES = {
     for profile in ("demo", "paper")
 }
 
-
+# %% ../nbs/09_settings.ipynb #use09-4
 def make_settings(
     profile: str,  # `demo` or `paper`
     **given: object,  # any field of `Settings`; None means that nothing was said
@@ -210,14 +225,14 @@ def read_value(
         example = ", such as 0,1,2" if name == "list[int]" else ""
         raise InputError(f"{field.name}: {value!r} can't be read as {kind}{example}.") from None
 
-
+# %% ../nbs/09_settings.ipynb #use09-8
 def read_number(value: object, kind: type) -> int | float:
     number = float(str(value))
     if not math.isfinite(number) or kind(number) != number:
         raise ValueError
     return kind(number)
 
-
+# %% ../nbs/09_settings.ipynb #use09-7
 def read_list(value: object, kind: type) -> list:
     items = value if isinstance(value, list | tuple) else str(value).strip(" []()").split(",")
     found = [kind(str(item).strip(" '\"")) for item in items]

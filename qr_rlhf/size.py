@@ -56,7 +56,7 @@ def make_table(
 def is_large(table: Dataset) -> bool:
     return len(table) > IN_MEMORY
 
-
+# %% ../nbs/34_size.ipynb #cell-6-p2
 def write_table(rows: Iterator[dict], features: Features, path: Path | None) -> Dataset:
     "Write rows to a file of Arrow's, whole or not at all."
     schema, folder = features.arrow_schema, cache_folder()
@@ -72,7 +72,7 @@ def write_table(rows: Iterator[dict], features: Features, path: Path | None) -> 
     os.replace(file.name, path)
     return Dataset.from_file(str(path))
 
-
+# %% ../nbs/34_size.ipynb #cell-6-p3
 def checksum(path: str | Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -125,7 +125,7 @@ WORDS = (  # of Llama 3, and of Qwen 2; GPT-2's is built into `ByteLevel`
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 )
 
-
+# %% ../nbs/34_size.ipynb #cell-15-p2
 def safe_cut(
     tokenizer,  # a fast tokenizer of `transformers`
 ) -> Callable[[str], int]:  # prompt → how much of it can be tokenised alone, in characters
@@ -146,7 +146,7 @@ def safe_cut(
 def nowhere(prompt: str) -> int:
     return 0
 
-
+# %% ../nbs/34_size.ipynb #cell-15-p3
 def before_space(prompt: str) -> int:
     "The last space behind a visible character of ASCII."
     place = prompt.rfind(" ")
@@ -154,7 +154,7 @@ def before_space(prompt: str) -> int:
         place = prompt.rfind(" ", 0, place)
     return max(place, 0)
 
-
+# %% ../nbs/34_size.ipynb #cell-15-p4
 def before_mark(prompt: str, mark: re.Pattern, longest: int) -> int:
     "The start of the last mark that begins at least `longest` characters before the end."
     places = (found.start() for found in mark.finditer(prompt))
@@ -190,7 +190,7 @@ class Words:
         known.update(zip(new, ids, strict=True))
         self.kept += sum(map(len, new))
 
-
+# %% ../nbs/34_size.ipynb #size-words-2-p2
 def words_of(text: str) -> tuple[str, list[str]]:
     "A text's start, and what follows each space at which it may be cut."
     every_space_is_safe = not UNSAFE.search(text)  # usual, and then `split` is faster
@@ -221,7 +221,7 @@ def parts_at_space(prompt: str, responses: list[str]) -> bool:
     "Whether the seam itself is a place to cut at."
     return "!" <= prompt[-1:] <= "~" and all(r.startswith(" ") for r in responses)
 
-
+# %% ../nbs/34_size.ipynb #cell-16-p2
 def split_whole(tokenizer, texts: list[tuple[str, list[str]]], cut: Callable) -> list:
     "The same where letters may merge at the seam."
     parts = []
@@ -238,7 +238,7 @@ def split_whole(tokenizer, texts: list[tuple[str, list[str]]], cut: Callable) ->
         split.append((before + shared, [whole[len(shared) :] for whole, _ in found]))
     return split
 
-
+# %% ../nbs/34_size.ipynb #cell-16-p3
 def token_ids(tokenizer, texts: list[str]) -> Iterator[list[int]]:
     "Token ids of texts, without special tokens."
     tokenizer("")  # sets what its backend does with long texts and with special tokens
@@ -283,7 +283,7 @@ def first_that_fit(
         left = [i for i in left if n < len(tries[i][0]) and is_too_long(found[i])]
     return [one if isinstance(one, ValueError) else close(one, ends) for one in found]
 
-
+# %% ../nbs/34_size.ipynb #cell-18-p2
 def is_too_long(found: ValueError | tuple) -> bool:
     return isinstance(found, tuple) and 0 <= found[2] < len(found[0])
 
@@ -333,7 +333,7 @@ def remember(
     os.replace(begun, told)
     return made, kept
 
-
+# %% ../nbs/34_size.ipynb #cell-26-p2
 def key_of(table: Dataset, tokenizer, max_length: int) -> str:
     "Hash a table, a tokenizer, a limit, this package's code and other packages' versions."
     told = tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer, max_length

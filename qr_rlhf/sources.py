@@ -37,7 +37,7 @@ def root_path(
     root = next((p for p in (here, *here.parents) if (p / "nbs/run.ipynb").exists()), here)
     return root / Path(path).expanduser()
 
-
+# %% ../nbs/11_sources.ipynb #use11-1
 def from_root(
     name: str | Path,  # a run's data or backbone: file, folder or id on the Hub
 ) -> str | Path:
@@ -54,7 +54,7 @@ def in_hh_layout(names: list[str]) -> bool:
     pattern = r"(?!data/)[^/]+/(train|test)\.jsonl(\.gz)?"
     return any(re.fullmatch(pattern, name) for name in names)
 
-
+# %% ../nbs/11_sources.ipynb #use11-4
 def file_names(folder: Path, pattern: str = "*/*") -> list[str]:
     "The files that stand one folder down."
     return [path.relative_to(folder).as_posix() for path in folder.glob(pattern)]
@@ -126,7 +126,7 @@ def reach_hub(repo: str, what: str = "this dataset") -> Iterator[DatasetInfo]:
             "check the id and the network, or give a local folder or file instead."
         ) from None
 
-
+# %% ../nbs/11_sources.ipynb #use11-9
 def hub_file(repo: str, name: str) -> Path:
     "Fetch a dataset's file from the cache or the Hub."
     file = dict(repo_id=repo, filename=name, repo_type="dataset")
@@ -220,7 +220,7 @@ def find_rows(
     name, cut = choose_split(list(found), split, splits, str(path))
     return join_rows(map(read_file, found[name])), cut
 
-
+# %% ../nbs/11_sources.ipynb #use11-13
 def join_rows(parts: Iterable[Rows]) -> Rows:
     "The rows of several sources, one after the other."
     return Rows(partial(chain.from_iterable, list(parts)))
@@ -235,7 +235,7 @@ def check_path(data: str | Path, path: Path) -> None:
             "working folder, and those of a run from the repository root."
         )
 
-
+# %% ../nbs/11_sources.ipynb #use11-17
 def check_hh_request(data: object, workload: str, names: list | None, splits: list | None):
     "Raise `ValueError` for an unknown workload, and for splits, of which HH-RLHF has its own."
     if not names:
@@ -248,7 +248,7 @@ def check_hh_request(data: object, workload: str, names: list | None, splits: li
             f"splits: {data} in HH-RLHF's layout has train and test; leave splits out."
         )
 
-
+# %% ../nbs/11_sources.ipynb #use11-16
 def check_own_layout(path: Path, subsets: list | None) -> None:
     "Raise `ValueError` for subsets, which only HH-RLHF has, and for what `save_to_disk` wrote."
     if subsets:
@@ -276,7 +276,7 @@ def rows_in_memory(data: object, split: str, splits: list[str] | None) -> tuple[
         raise InputError(f"data: {type(data).__name__} is no source of pairs; give {known}.")
     return rows_of(data), cut
 
-
+# %% ../nbs/11_sources.ipynb #use11-6
 def rows_of(data: Iterable) -> Rows:
     "Rows in memory; what can be gone through only once is held."
     data = list(data) if iter(data) is data else data
@@ -293,7 +293,7 @@ def check_request(data: object, workload: str | None, split: str, n: int | None)
     if hasattr(data, "rows"):
         check_choice("workload", workload, WORKLOADS)
 
-
+# %% ../nbs/11_sources.ipynb #use11-20
 def check_votes(
     row: dict,
     before: bool | None,  # whether earlier pairs had a share of votes; None: there was none
@@ -317,7 +317,7 @@ def name_workload(
         return "helpful"
     return path.name.split(".")[0]
 
-
+# %% ../nbs/11_sources.ipynb #use11-7
 def hub_id(
     name: str,  # of a model or a dataset
 ) -> str | None:  # the name, if it can be one on the Hub

@@ -67,7 +67,7 @@ def check_parameters(
         for name in names_set(before):
             check_name(name, known, "parameter")
 
-
+# %% ../nbs/19_studies.ipynb #s19-3
 def names_set(cell: str) -> list[str]:
     return re.findall(r"^(\w+) = ", cell, re.MULTILINE)
 
@@ -98,7 +98,7 @@ def finished_runs(
         )
     return {name: json.loads((folder / name / "results.json").read_text()) for name in names}
 
-
+# %% ../nbs/19_studies.ipynb #s19-7
 def how_to_make(
     name: str,  # of a run
 ) -> str:  # parameters for papermill

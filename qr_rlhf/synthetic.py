@@ -79,7 +79,7 @@ def mixture_quantiles(
         low, high = np.where(below, middle, low), np.where(below, high, middle)
     return (low + high) / 2
 
-
+# %% ../nbs/06_synthetic.ipynb #use06-1
 def check_levels(levels: np.ndarray):
     if levels.size == 0 or not ((levels > 0) & (levels < 1)).all():
         raise ValueError(
@@ -142,7 +142,7 @@ def truth(
     means = group_means(asked, said) if known else np.full(len(WEIGHTS), UNKNOWN)
     return Truth(WEIGHTS, means, np.full(len(WEIGHTS), SEVERITY))
 
-
+# %% ../nbs/06_synthetic.ipynb #use06-4
 def group_means(asked: Prompt, said: Response) -> np.ndarray:
     tastes = [taste_of(asked, *sentence) for sentence in said.body]
     means = np.mean(tastes, axis=0) + said.lecture * TASTES["lecture"]
@@ -223,14 +223,14 @@ class World:
         quantiles, means = both.quantiles(levels).ravel(), both.mean().repeat(len(levels))
         return pd.DataFrame(dict(reward=quantiles, mean=means), index=index).reset_index()
 
-
+# %% ../nbs/06_synthetic.ipynb #use06-6
 def check_rows(workload: str, split: str, n: int):
     check_choice("workload", workload, ("helpful", "harmless"))
     check_choice("split", split, ("train", "test"))
     if n < 0:
         raise ValueError(f"n must be at least 0, got {n}: it is the number of rows to write")
 
-
+# %% ../nbs/06_synthetic.ipynb #use06-5
 def truths(
     texts: Iterable[tuple[str, str]],  # prompts, each with a response
 ) -> Truth:  # `[texts, groups]` each
@@ -269,7 +269,7 @@ SHAPES = {  # shares and offsets of the groups
 WITHIN = 0.4  # standard deviation within a group
 MOST_DIVISION = 3.0
 
-
+# %% ../nbs/06_synthetic.ipynb #use06-19
 @dataclass(frozen=True)
 class FeatureWorld(VectorWorld):
     "One of three worlds of features, by its shape."
@@ -325,7 +325,7 @@ def random_truth(
     means = size * mean + division * np.sqrt(2) * np.cos(angles)
     return Truth(np.full_like(means, 1 / 3), means, np.full_like(means, within))
 
-
+# %% ../nbs/06_synthetic.ipynb #use06-15
 @dataclass(frozen=True)
 class RandomWorld(VectorWorld):
     "A world with random functions for mean, division and shape of a response's rewards."

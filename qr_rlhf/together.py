@@ -100,7 +100,7 @@ def work(
     except BaseException as error:
         tell("error", *sendable(error))
 
-
+# %% ../nbs/37_together.ipynb #t-sendable
 def sendable(error: BaseException) -> tuple[BaseException, str]:
     "An error as another process can read it, and where it was raised."
     where = "".join(traceback.format_exception(error))
@@ -130,7 +130,7 @@ class Shown:
     def error(self, error: BaseException, where: str):
         raise error from RuntimeError(f"in another process:\n{where}")
 
-
+# %% ../nbs/37_together.ipynb #t-title
 def put_title(bar: TrainerCallback, title: str):
     "Give a Trainer's progress bar a name."
     if in_terminal := getattr(bar, "training_bar", None):
@@ -162,7 +162,7 @@ def train_together(
             process.kill()
             process.join()
 
-
+# %% ../nbs/37_together.ipynb #t-start
 def start(title: str, job: Callable):
     "Start a job; gives the connection to it, its process, and what shows it."
     fork = multiprocessing.get_context("fork")
@@ -172,7 +172,7 @@ def start(title: str, job: Callable):
     other_end.close()
     return connection, process, Shown(title)
 
-
+# %% ../nbs/37_together.ipynb #t-next
 def show_next(connection: Connection, process, shown: Shown) -> bool:
     "Show what a process tells next, and say whether it goes on."
     try:
@@ -224,7 +224,7 @@ def use_one_gpu(
         )
         args._n_gpu = 1
 
-
+# %% ../nbs/37_together.ipynb #t-check
 def check_processes(
     together: int,  # processes that train together
 ) -> None:

@@ -77,13 +77,13 @@ def at_ten_levels(quantiles: np.ndarray) -> np.ndarray:
     "Quantiles `[n, N]` at the levels .05, .15, …, .95, `[n, 10]`."
     return np.stack([interpolate_quantile(quantiles, (2 * i + 1) / 20) for i in range(10)], -1)
 
-
+# %% ../nbs/07_uncertainty.ipynb #use07-2
 def covered(quantiles: np.ndarray, true: np.ndarray) -> float:
     "Share of the true quantiles `[n, M]` between the levels .1 and .9 of `quantiles` `[n, N]`."
     low, high = (interpolate_quantile(quantiles, level)[:, None] for level in (0.1, 0.9))
     return float(((true >= low) & (true <= high)).mean())
 
-
+# %% ../nbs/07_uncertainty.ipynb #use07-1
 def compare_spreads(
     own: np.ndarray, true: np.ndarray, mean: np.ndarray, true_mean: np.ndarray
 ) -> dict[str, float]:
@@ -148,7 +148,7 @@ def conformal_verdicts(
     threshold = min(threshold, 0.5)  # the likelier outcome always stays
     return (first >= threshold).astype(int) - (1 - first >= threshold).astype(int)
 
-
+# %% ../nbs/07_uncertainty.ipynb #use07-9
 def check_alpha(alpha: float, n: int) -> None:
     "Raise `ValueError` if `alpha` can't be promised from n pairs."
     least = 1 / (n + 1)

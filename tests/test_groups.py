@@ -414,7 +414,7 @@ def test_a_hash_chooses_the_pairs_of_a_run():
     ]
     pairs = as_pairs(read(rows)[0])
     kept, left_out = decided_pairs(pairs, 60)
-    assert left_out == dict(over_limit=240) and len(set(kept["group"])) > 15
+    assert left_out == dict(pairs_over_limit=240) and len(set(kept["group"])) > 15
     assert kept["group"][:] == sorted(kept["group"])
     backwards, _ = decided_pairs(pairs.select(range(len(pairs))[::-1]), 60)
     assert backwards.to_list() == kept.to_list()[::-1]

@@ -220,6 +220,9 @@ def test_where_too_much_waits_others_are_told_to_come_again(saved):
     assert told(busy[0]) == "busy: 2 texts wait already; try again later."
     assert busy[0].headers["retry-after"] == "1"
     assert ask(app, ("/classify", dict(input=TEXT)))[0].status_code == 200
+    (too_many,) = ask(app, ("/classify", dict(input=[TEXT] * 4)))
+    assert too_many.status_code == 400
+    assert told(too_many).startswith("input: 4 texts are more than the 3 that may wait; send ")
 
 
 def test_what_fails_within_is_one_sentence_and_the_server_goes_on(saved):
