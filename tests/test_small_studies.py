@@ -317,6 +317,9 @@ def test_scale_chooses_its_remedy_on_other_worlds_than_it_reports_on(project):
     half, slightly_wrong = results["nats"]["spread of response, world 5"]
     assert 0 < slightly_wrong < half
     assert min(results["best"]["spread of response"]) > 1
+    again = pd.DataFrame(results["learnt_again"])
+    assert len(again) == 4 and (again[["second", "before", "corrected"]] > 0).all(axis=None)
+    assert np.allclose(again.corrected, again.before / again.second)
     findings = json.loads((project.folder / "runs/scale/findings.json").read_text())
     assert set(findings["within"]) | {"four scalars"} == set(results["results"][kind])
 
