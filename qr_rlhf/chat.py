@@ -207,6 +207,7 @@ def check_fits(
     longest = max(lengths)
     if len(found[0]) + longest > limit:
         raise InputError(
-            f"responses: response {int(np.argmax(lengths))} has {longest} tokens "
-            f"with its end token, but a sequence may have {limit}; leave it out."
+            f"responses: response {int(np.argmax(lengths))} has {longest} tokens with its end "
+            f"token, and the prompt {len(found[0])}, but a sequence may have {limit} in all; "
+            "leave the response out, or shorten the prompt."
         )

@@ -152,7 +152,7 @@ def first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 # %% ../nbs/23_resume.ipynb #cell-17-p2
-PATIENCE = 10.0  # seconds that a copy of a killed process has, to end
+PATIENCE = 10.0  # seconds to wait for copies of a killed process to end
 
 
 def hold(
