@@ -411,7 +411,7 @@ def test_what_cannot_be_trained_is_said(place, trained, tmp_path):
     told = refusal(train, place / "backbone", PAIRS, tmp_path / "rm", "quantile")
     assert "objective: 'quantile' is unknown; choose one of scalar, paper" in told
     told = refusal(train, place / "rewards", PAIRS, tmp_path / "rm", "scalar")
-    assert "is a reward model with 10 and None" in told and "without a head" in told
+    assert "is a reward model with n=10 and family=None" in told and "without a head" in told
     assert "is a language model and no reward model" in refusal(load, place / "backbone")
     assert not (tmp_path / "rm").exists()
 
