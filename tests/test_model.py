@@ -210,7 +210,7 @@ def test_a_trained_model_knows_its_outputs(backbone, tokenizer, tmp_path):
         assert len(config.quantile_levels) == 10 and config.quantile_family == family
         for other in (dict(n=1), dict(family="free" if family == "normal" else "normal")):
             told = refusal(load_reward_model, tmp_path, tokenizer, **other)
-            assert f"is a reward model with 10 and {family!r}; leave n and family out" in told
+            assert f"model with n=10 and family={family!r}; leave n and family out" in told
 
 
 def test_a_head_of_another_library_is_known_too(backbone, tokenizer, tmp_path):
