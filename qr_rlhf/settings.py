@@ -151,9 +151,9 @@ class Settings:
 
 # %% ../nbs/09_settings.ipynb #cell-10
 def check_value(field: dataclasses.Field, value: object):
-    items = value if isinstance(value, list) else [value]
-    for number in (item for item in items if isinstance(item, int | float)):
-        check_bounds(field.name, number, **field.metadata)
+    for item in value if isinstance(value, list) else [value]:
+        if isinstance(item, int | float):
+            check_bounds(field.name, item, **field.metadata)
     if "choices" in field.metadata:
         check_choice(field.name, value, field.metadata["choices"])
 

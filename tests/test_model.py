@@ -210,7 +210,8 @@ def test_a_trained_model_knows_its_outputs(backbone, tokenizer, tmp_path):
         assert len(config.quantile_levels) == 10 and config.quantile_family == family
         for other in (dict(n=1), dict(family="free" if family == "normal" else "normal")):
             told = refusal(load_reward_model, tmp_path, tokenizer, **other)
-            assert f"model with n=10 and family={family!r}; leave n and family out" in told
+            own = f"is a reward model with n=10 and family={family!r}"
+            assert f"{own}; leave n and family out" in told
 
 
 def test_a_head_of_another_library_is_known_too(backbone, tokenizer, tmp_path):
