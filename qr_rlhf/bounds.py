@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from .analysis import to_arrays
 from .formats import InputError
 from .losses import Objective
-from qr_rlhf.packing import (
+from .packing import (
     find_head,
     packed_outputs,
     row_lengths,

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from qr_rlhf.formats import (
+from .formats import (
     MARKERS,
     OPEN,
     TURN,

@@ -26,7 +26,7 @@ from datasets.utils import tqdm
 from .backbones import sequence_ends
 from .files import in_processes
 from .formats import MARKERS, Dropped, InputError, read_row, split_turns, system_text
-from qr_rlhf.groups import (
+from .groups import (
     FEATURES,
     leave_out_equal,
     needs_group,
@@ -34,7 +34,7 @@ from qr_rlhf.groups import (
     read_group,
     responses_of,
 )
-from qr_rlhf.size import (
+from .size import (
     Words,
     column,
     first_that_fit,

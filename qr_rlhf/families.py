@@ -17,7 +17,7 @@ from scipy.optimize import minimize
 from .experiments import Rows
 from .formats import InputError, check_choice
 from .losses import PURM, DistributionalObjective
-from qr_rlhf.synthetic import (
+from .synthetic import (
     JUDGES,
     RandomWorld,
     Truth,

@@ -19,7 +19,7 @@ from typing import Any
 
 from datasets import Features, List, Value
 
-from qr_rlhf.formats import (
+from .formats import (
     MARKERS,
     SIDES,
     TURN,

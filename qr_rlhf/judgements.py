@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['MOST_CATEGORIES', 'find_values', 'nearest', 'number_ratings', 'number_parts',
-           'is_grouped', 'as_pairs', 'compared_pairs', 'rated_pairs', 'measure',
-           'count_groups', 'say_size', 'size_rows', 'group_results', 'advise',
-           'say_read', 'say_dropped', 'load_parts', 'decided_pairs', 'prefer_chosen',
-           'check_evaluation', 'as_dialogues']
+           'is_grouped', 'as_pairs', 'counted', 'compared_pairs', 'rated_pairs',
+           'measure', 'count_groups', 'say_size', 'size_rows', 'group_results',
+           'advise', 'say_read', 'say_dropped', 'load_parts', 'decided_pairs',
+           'prefer_chosen', 'check_evaluation', 'as_dialogues']
 
 # %% ../nbs/33_judgements.ipynb #cell-3
 from collections import Counter
@@ -97,11 +97,16 @@ def as_pairs(
     pairs, prompts = list(by(table)), {prompt: i for i, prompt in enumerate(table["prompt"])}
     if all(pair["share"] == 0.5 for pair in pairs):
         raise InputError(
-            f"data: nothing can be evaluated: in {len(table)} rows neither votes nor ratings "
-            "prefer one response to another of the same prompt; give pairs too, "
+            f"data: nothing can be evaluated: in {counted(len(table), 'row')} neither votes "
+            "nor ratings prefer one response to another of the same prompt; give pairs too, "
             "or rate several responses to one prompt."
         )
     return Dataset.from_list([pair | dict(group=prompts[pair["prompt"]]) for pair in pairs])
+
+
+def counted(n: int, what: str) -> str:
+    "A number with its noun, such as `1 row` or `2,000 rows`."
+    return f"{n:,} {what}" if n == 1 else f"{n:,} {what}s"
 
 # %% ../nbs/33_judgements.ipynb #j-compared
 def compared_pairs(groups: Dataset) -> Iterator[dict]:
@@ -170,11 +175,13 @@ def say_size(
 ) -> str:
     "Say how much a table has, such as `12 comparisons, 5 ratings, 2 raters named`."
     found = count_groups(table)
-    raters = f", {found['raters']:,} raters named" if found["raters"] else ""
+    told = counted(found["comparisons"], "comparison")
+    told += f", {counted(found['ratings'], 'rating')}"
+    told += f", {counted(found['raters'], 'rater')} named" if found["raters"] else ""
     stand = ", ".join(f"{value:g}" for value in values)
-    told = f"{found['comparisons']:,} comparisons, {found['ratings']:,} ratings{raters}"
     told += f" (values {stand})" if stand else ""
-    return f"{told}; {found['responses']:,} responses to {found['prompts']:,} prompts"
+    of_prompts = counted(found["prompts"], "prompt")
+    return f"{told}; {counted(found['responses'], 'response')} to {of_prompts}"
 
 # %% ../nbs/33_judgements.ipynb #j-size-rows
 def size_rows(

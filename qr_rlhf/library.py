@@ -25,7 +25,7 @@ from .chat import length_limit
 from .data import data_hash, encode_pairs, load_pairs, split_validation
 from .formats import InputError, check_choice
 from .judgements import as_pairs, measure, number_parts, say_dropped, say_read
-from qr_rlhf.large import (
+from .large import (
     adapter_tokenizer,
     is_adapter,
     keep_adapter,
@@ -36,7 +36,7 @@ from qr_rlhf.large import (
 )
 from .losses import OBJECTIVES, Objective
 from .many import set_values
-from qr_rlhf.model import (
+from .model import (
     RewardDistribution,
     load_reward_model,
     own_head,

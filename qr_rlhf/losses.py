@@ -19,7 +19,7 @@ import torch
 from torch.nn.functional import huber_loss, logsigmoid, pad
 
 from .formats import InputError, check_choice
-from qr_rlhf.model import (
+from .model import (
     categorical_quantiles,
     normal_quantiles,
     quantile_levels,

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig, PreTrainedModel, set_seed
 
-from qr_rlhf.backbones import (
+from .backbones import (
     load_tokenizer,
     load_weights,
     local_or_hub,

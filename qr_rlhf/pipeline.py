@@ -21,7 +21,7 @@ from datasets import Dataset
 from filelock import FileLock
 from transformers import AutoModelForSequenceClassification
 
-from qr_rlhf.analysis import (
+from .analysis import (
     METRICS,
     MODELS,
     accuracy_on,

@@ -34,7 +34,7 @@ from .judgements import load_parts, number_parts
 from .large import keep_adapter, plain_backbone, trainable_model
 from .many import set_values
 from .model import load_tokenizer
-from qr_rlhf.resume import (
+from .resume import (
     find_changes,
     first_process,
     hold,

@@ -326,7 +326,7 @@ def remember(
     path = cache_folder() / f"{key_of(table, tokenizer, max_length)}.arrow"
     told, begun = path.with_suffix(".json"), path.with_suffix(f".{os.getpid()}")
     if path.exists() and told.exists():
-        print(f"{path.name[:16]}: token ids of the same data taken from the cache")
+        print(f"token ids of the same {len(table):,} rows taken from the cache")
         return Dataset.from_file(str(path)), json.loads(told.read_text())
     made, kept = make(path)
     begun.write_text(json.dumps(kept))

@@ -21,7 +21,7 @@ import pandas as pd
 from scipy.special import expit, ndtr, ndtri
 
 from .formats import SIDES, check_choice
-from qr_rlhf.grammar import (
+from .grammar import (
     Prompt,
     Response,
     parse_prompt,

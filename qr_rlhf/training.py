@@ -31,7 +31,7 @@ from .backbones import fuse_activations, local_or_hub
 from .chat import length_limit
 from .formats import InputError
 from .losses import Objective, check_objective, usual_objective
-from qr_rlhf.many import (
+from .many import (
     GROUP_COLUMNS,
     JUDGED,
     ScaleTrainer,

@@ -105,6 +105,7 @@ def test_modules_are_small_and_import_only_what_stands_above():
         text = (ROOT / "qr_rlhf" / f"{name}.py").read_text()
         assert text.count("\n") <= 350, name
         assert set(re.findall(r"^from \.(\w+) import", text, re.M)) <= set(ORDER[:i]), name
+        assert not re.search(r"^from qr_rlhf\.", text, re.M), name
 
 
 def run_python(code):
