@@ -128,7 +128,7 @@ def test_chapters_make_the_docs():
 def sources_of_citations():
     "The prose and code of all notebooks but the references, the package and README."
     for path in NOTEBOOKS:
-        if path.stem != "26_references":
+        if path.stem != "37_references":
             cells = read_cells(path) + read_cells(path, "markdown")
             yield "\n".join("".join(cell["source"]) for cell in cells)
     for path in [*(ROOT / "qr_rlhf").glob("*.py"), ROOT / "README.md"]:
@@ -140,10 +140,10 @@ AUTHOR_YEAR = re.compile(r"([A-Z][\w-]+)(?: et al\.)?,? \(?((?:19|20)\d\d)\b")
 
 
 def test_every_work_cited_stands_in_the_references():
-    cells = read_cells(ROOT / "nbs" / "26_references.ipynb", "markdown")
+    cells = read_cells(ROOT / "nbs" / "37_references.ipynb", "markdown")
     entries = "\n".join("".join(cell["source"]) for cell in cells).split("\n")
     text = "\n".join(sources_of_citations())
     cited = {(number,) for number in ARXIV.findall(text)} | set(AUTHOR_YEAR.findall(text))
     assert {("2312.08358",), ("2503.22480",), ("Dabney", "2018"), ("Owen", "2007")} <= cited
     unlisted = [work for work in cited if not any(all(x in e for x in work) for e in entries)]
-    assert not unlisted, f"add to nbs/26_references.ipynb: {unlisted}"
+    assert not unlisted, f"add to nbs/37_references.ipynb: {unlisted}"

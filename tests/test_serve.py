@@ -97,7 +97,7 @@ def test_the_recipe_for_trl_trains(server, saved, monkeypatch):
     from datasets import Dataset
 
     folder, model, tokenizer, _ = saved
-    book = json.loads((ROOT / "nbs" / "22_serve.ipynb").read_text(encoding="utf-8"))
+    book = json.loads((ROOT / "nbs" / "28_serve.ipynb").read_text(encoding="utf-8"))
     text = "\n".join("".join(cell["source"]) for cell in book["cells"])
     recipe = re.search(r"```python\n(import httpx.*?)\ntrainer", text, re.S)[1]
     known, seen = {}, []

@@ -46,9 +46,12 @@ def contents() -> str:
     chapters = sorted(path.stem for path in PAGES.glob("[0-9]*.ipynb"))
     studies = sorted(f"studies/{path.stem}" for path in PAGES.glob("studies/*.ipynb"))
     parts = {
-        "Experiments": ["run", "report"],
+        "Runs": ["run", "report"],
         "The story": chapters[:9],
-        "More": chapters[9:],
+        "Data": chapters[9:15],
+        "Models, training": chapters[15:25],
+        "Use": chapters[25:29],
+        "Experiments": chapters[29:],
         "Studies": studies,
     }
     trees = [
