@@ -17,5 +17,6 @@ if __name__ == "__main__":
     nbdev.maker.TextWrapper = wrapper
     nbdev_export()
     for path in Path("qr_rlhf").glob("*.py"):
-        relative = re.sub(r"^from qr_rlhf\.", "from .", path.read_text(), flags=re.M)
-        path.write_text(relative)
+        text = path.read_text(encoding="utf-8")
+        relative = re.sub(r"^from qr_rlhf\.", "from .", text, flags=re.M)
+        path.write_text(relative, encoding="utf-8")

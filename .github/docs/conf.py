@@ -45,7 +45,7 @@ def contents() -> str:
     "The sidebar: run and report, the chapters in their order, the studies."
     chapters = sorted(path.stem for path in PAGES.glob("[0-9]*.ipynb"))
     studies = sorted(f"studies/{path.stem}" for path in PAGES.glob("studies/*.ipynb"))
-    parts = {
+    parts = {  # of the chapters as in nbs/index.ipynb
         "Runs": ["run", "report"],
         "The story": chapters[:9],
         "Data": chapters[9:15],
